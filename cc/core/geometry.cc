@@ -314,10 +314,19 @@ Status MakeGeometry(const std::string& op, const Attributes& attributes, const T
   Inferred inferred;
   MDCN_RETURN_IF_ERROR(Infer(op, attributes, shapes, &inferred));
   const ImageShape &in = inferred.input, &out = inferred.output;
-  if (in.height >= kMaxInt32 || in.width >= kMaxInt32) {
-    return Invalid(op, "inputs must be at most 2^31 - 2 pixels high and wide; received shape ",
-                   ShapeString(shapes.input));
-  }
+  // Whole-number coordinates are int32 in every kernel, padding and far taps included.
+  const auto check_reach = [&](const char* axis, int64_t size, int64_t pads, int64_t kernel,
+                               int64_t dilation) -> Status {
+    const int64_t reach = size + pads + (kernel - 1) * dilation;
+    if (reach < kMaxInt32) return Status();
+    return Invalid(op, "in_", axis, " + padding + (kernel_", axis,
+                   " - 1) * dilation must be below ", "2^31 - 1; received ", reach);
+  };
+  const auto& pads = attributes.explicit_paddings;
+  MDCN_RETURN_IF_ERROR(check_reach("height", in.height, pads[0] + pads[1], inferred.kernel_height,
+                                   attributes.dilations[0]));
+  MDCN_RETURN_IF_ERROR(check_reach("width", in.width, pads[2] + pads[3], inferred.kernel_width,
+                                   attributes.dilations[1]));
   MDCN_RETURN_IF_ERROR(CheckSize(op, "the output", Arrange(attributes.data_format, out)));
   MDCN_RETURN_IF_ERROR(
       CheckSize(op, "a row of samples",

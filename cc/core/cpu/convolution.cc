@@ -1,0 +1,498 @@
+#include "core/cpu/convolution.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace mdcn::cpu {
+namespace {
+
+int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDivide(a, multiple) * multiple; }
+
+// ---- Tuning. Each function is pure; none of the choices changes a result. ----
+
+// What a tile's buffer may take of a core's L2 cache, of which the smallest in use have 512 KiB.
+constexpr int64_t kTileBytes = 192 * 1024;
+constexpr int64_t kMaxTilePixels = 96;
+
+// Columns that are sampled before they are multiplied: whole taps where they fit.
+int64_t MaxColumns(const Geometry& geometry, int64_t real_bytes) {
+  const int64_t limit = kTileBytes / (kMaxTilePixels * real_bytes);
+  const int64_t channels = geometry.group_in_channels;
+  const int64_t all = ColumnCount(geometry);
+  if (all <= limit) return all;
+  if (channels > limit) return RoundUp(CeilDivide(channels, CeilDivide(channels, limit)), 16);
+  const int64_t rows = limit / channels;  // (group, tap) pairs
+  const int64_t total_rows = geometry.groups * geometry.taps;
+  return CeilDivide(total_rows, CeilDivide(total_rows, rows)) * channels;  // evenly
+}
+
+// Rows a little apart in the cache: a power of two of bytes between rows would let them fall into
+// the same few sets.
+int64_t RowStride(int64_t columns) { return RoundUp(columns, 16) + 16; }
+
+// Pixels of a tile: whole row blocks, at most `most`, and few tiles shared out evenly.
+int64_t TilePixels(int64_t pixels, int64_t row_block, int64_t most, int workers) {
+  const int64_t blocks = std::max<int64_t>(1, CeilDivide(pixels, row_block));
+  const int64_t most_blocks = std::max<int64_t>(1, most / row_block);
+  int64_t tiles = CeilDivide(blocks, most_blocks);
+  if (tiles < 8 * workers) tiles = RoundUp(tiles, workers);
+  return CeilDivide(blocks, tiles) * row_block;
+}
+
+// ---- Layout changes. ----
+
+constexpr int64_t kTransposeBlock = 256;  // pixels of a job
+
+// [N, C, pixels] -> [N, pixels, C].
+template <typename T>
+void ToChannelsLast(const T* from, int64_t batch, int64_t channels, int64_t pixels,
+                    WorkerPool& pool, T* to) {
+  const int64_t blocks = CeilDivide(pixels, kTransposeBlock);
+  pool.RunJobs(batch * blocks, [&](int64_t job, int) {
+    const int64_t image = job / blocks, begin = job % blocks * kTransposeBlock;
+    const int64_t end = std::min(pixels, begin + kTransposeBlock);
+    for (int64_t first = 0; first < channels; first += 16) {
+      const int64_t last = std::min(channels, first + 16);
+      for (int64_t pixel = begin; pixel < end; ++pixel) {
+        for (int64_t channel = first; channel < last; ++channel) {
+          to[(image * pixels + pixel) * channels + channel] =
+              from[(image * channels + channel) * pixels + pixel];
+        }
+      }
+    }
+  });
+}
+
+// [N, pixels, C] -> [N, C, pixels], narrowed.
+template <typename T, typename TOffset>
+void ToChannelsFirst(const ConvolutionKernels<T, TOffset>& kernels, const ComputeType<T>* from,
+                     int64_t batch, int64_t channels, int64_t pixels, WorkerPool& pool, T* to) {
+  const int64_t blocks = CeilDivide(pixels, kTransposeBlock);
+  pool.RunJobs(batch * blocks, [&](int64_t job, int) {
+    const int64_t image = job / blocks, begin = job % blocks * kTransposeBlock;
+    const int64_t end = std::min(pixels, begin + kTransposeBlock);
+    ComputeType<T> line[kTransposeBlock];
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      for (int64_t pixel = begin; pixel < end; ++pixel) {
+        line[pixel - begin] = from[(image * pixels + pixel) * channels + channel];
+      }
+      kernels.narrow(line, end - begin, to + (image * channels + channel) * pixels + begin);
+    }
+  });
+}
+
+template <typename T, typename TOffset>
+void NarrowAll(const ConvolutionKernels<T, TOffset>& kernels, const ComputeType<T>* from,
+               int64_t count, WorkerPool& pool, T* to) {
+  constexpr int64_t kBlock = 1 << 16;
+  pool.RunJobs(CeilDivide(count, kBlock), [&](int64_t job, int) {
+    const int64_t begin = job * kBlock;
+    kernels.narrow(from + begin, std::min(kBlock, count - begin), to + begin);
+  });
+}
+
+// Packs `count` matrices, panel by panel. view(i) is the i-th matrix, packed(i) where it goes.
+template <typename T, typename TOffset, typename View>
+void PackAll(const ConvolutionKernels<T, TOffset>& kernels, int64_t count, int64_t depth,
+             int64_t columns, WorkerPool& pool, const View& view, ComputeType<T>* packed) {
+  const int64_t panels = CeilDivide(columns, kernels.panel_columns);
+  pool.RunJobs(count * panels, [&](int64_t job, int) {
+    const int64_t first = job % panels * kernels.panel_columns;
+    MatrixView<T> matrix = view(job / panels);
+    matrix.data += first * matrix.column_stride;
+    kernels.pack(matrix, depth, std::min<int64_t>(kernels.panel_columns, columns - first),
+                 packed + job * depth * kernels.panel_columns);
+  });
+}
+
+bool ChannelsFirst(const Geometry& geometry) {
+  return geometry.data_format == DataFormat::kChannelsFirst;
+}
+
+int64_t TotalPixels(const Geometry& geometry) { return geometry.batch * geometry.out_pixels; }
+
+// The tensor itself, or its copy with the channels last.
+template <typename T>
+const T* ChannelsLast(const Geometry& geometry, const T* tensor, int64_t channels, int64_t pixels,
+                      WorkerPool& pool, T* copy) {
+  if (!ChannelsFirst(geometry)) return tensor;
+  ToChannelsLast(tensor, geometry.batch, channels, pixels, pool, copy);
+  return copy;
+}
+
+template <typename Element>
+void SetZero(Element* elements, int64_t count) {
+  std::memset(static_cast<void*>(elements), 0, count * sizeof(Element));
+}
+
+}  // namespace
+
+// ---- Forward ----
+
+template <typename T, typename TOffset>
+Forward<T, TOffset>::Forward(const Geometry& geometry, const InstructionSet& instruction_set,
+                             int workers)
+    : geometry_(geometry), kernels_(KernelsOf<T, TOffset>(*instruction_set.kernels)) {
+  const int64_t filters = geometry.group_out_channels;
+  padded_group_filters_ = RoundUp(filters, kernels_.panel_columns);
+  const int64_t padded_filters = geometry.groups * padded_group_filters_;
+  const int64_t most_pixels = std::clamp<int64_t>(
+      kTileBytes / (padded_filters * static_cast<int64_t>(sizeof(Real))), 24, kMaxTilePixels);
+  tile_pixels_ = TilePixels(TotalPixels(geometry), kernels_.row_block, most_pixels, workers);
+  const int64_t max_columns = MaxColumns(geometry, sizeof(Real));
+  plans_ = PlanColumns(geometry, 0, ColumnCount(geometry), max_columns);
+  column_stride_ = RowStride(max_columns);
+  in_place_ =
+      std::is_same_v<T, Real> && !ChannelsFirst(geometry) && filters % kernels_.vector_length == 0;
+
+  if (ChannelsFirst(geometry)) channels_last_input_ = layout_.Add<T>(geometry.input_size());
+  zeros_ = layout_.Add<T>(geometry.in_channels);
+  packed_filters_ = layout_.Add<Real>(padded_filters * geometry.taps * geometry.group_in_channels);
+  initial_row_ = layout_.Add<Real>(padded_filters);
+  columns_ = layout_.Add<Real>(tile_pixels_ * column_stride_, workers);
+  if (!in_place_) {
+    sums_ = layout_.Add<Real>(tile_pixels_ * padded_filters, workers);
+    narrow_row_ = layout_.Add<T>(geometry.out_channels, workers);
+  }
+}
+
+template <typename T, typename TOffset>
+void Forward<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool, char* workspace) const {
+  if (geometry_.output_size() == 0) return;
+  const int64_t group_filters = geometry_.group_out_channels;
+  PackAll(
+      kernels_, geometry_.groups, geometry_.taps * geometry_.group_in_channels, group_filters, pool,
+      [&](int64_t group) {
+        return MatrixView<T>{tensors.filters + group * group_filters, geometry_.out_channels, 1};
+      },
+      packed_filters_.In(workspace));
+  SetZero(zeros_.In(workspace), geometry_.in_channels);
+
+  const int64_t group_stride = in_place_ ? group_filters : padded_group_filters_;
+  Real* initial_row = initial_row_.In(workspace);
+  SetZero(initial_row, geometry_.groups * padded_group_filters_);
+  for (int64_t group = 0; tensors.bias != nullptr && group < geometry_.groups; ++group) {
+    kernels_.widen(tensors.bias + group * group_filters, group_filters,
+                   initial_row + group * group_stride);
+  }
+
+  const SampledTensors<T, TOffset> sampled{
+      ChannelsLast(geometry_, tensors.input, geometry_.in_channels, geometry_.in_pixels, pool,
+                   channels_last_input_.In(workspace)),
+      tensors.offset, tensors.mask};
+  const int64_t pixels = TotalPixels(geometry_);
+  pool.RunJobs(CeilDivide(pixels, tile_pixels_), [&](int64_t tile, int worker) {
+    const int64_t first = tile * tile_pixels_;
+    RunTile(sampled, tensors, {first, std::min(tile_pixels_, pixels - first)}, workspace, worker);
+  });
+}
+
+template <typename T, typename TOffset>
+void Forward<T, TOffset>::RunTile(const SampledTensors<T, TOffset>& sampled, const Tensors& tensors,
+                                  PixelRange pixels, char* workspace, int worker) const {
+  const int64_t filters = geometry_.out_channels, group_filters = geometry_.group_out_channels;
+  const int64_t depth = geometry_.taps * geometry_.group_in_channels;
+  const int64_t sums_group = in_place_ ? group_filters : padded_group_filters_;
+  const int64_t sums_stride = geometry_.groups * sums_group;
+  Real* sums;
+  if constexpr (std::is_same_v<T, Real>) {
+    sums = in_place_ ? tensors.output + pixels.first * filters : sums_.In(workspace, worker);
+  } else {
+    sums = sums_.In(workspace, worker);
+  }
+  for (int64_t p = 0; p < pixels.count; ++p) {
+    std::memcpy(sums + p * sums_stride, initial_row_.In(workspace), sums_stride * sizeof(Real));
+  }
+
+  Real* columns = columns_.In(workspace, worker);
+  for (const SamplingPlan& plan : plans_) {
+    kernels_.sample(geometry_, sampled, plan, pixels, zeros_.In(workspace), columns,
+                    column_stride_);
+    for (const GroupPiece& piece : plan.pieces) {
+      const Real* packed = packed_filters_.In(workspace) +
+                           piece.group * depth * padded_group_filters_ +
+                           piece.depth_begin * kernels_.panel_columns;
+      kernels_.multiply(columns + piece.column, column_stride_, pixels.count, packed, depth,
+                        piece.depth, group_filters, sums + piece.group * sums_group, sums_stride,
+                        /*accumulate=*/true);
+    }
+  }
+  if (in_place_) return;
+
+  T* row = narrow_row_.In(workspace, worker);
+  for (int64_t p = 0; p < pixels.count; ++p) {
+    const int64_t pixel = pixels.first + p;
+    T* to = ChannelsFirst(geometry_) ? row : tensors.output + pixel * filters;
+    for (int64_t group = 0; group < geometry_.groups; ++group) {
+      kernels_.narrow(sums + p * sums_stride + group * sums_group, group_filters,
+                      to + group * group_filters);
+    }
+    if (!ChannelsFirst(geometry_)) continue;
+    T* image = tensors.output + pixel / geometry_.out_pixels * filters * geometry_.out_pixels;
+    for (int64_t filter = 0; filter < filters; ++filter) {
+      image[filter * geometry_.out_pixels + pixel % geometry_.out_pixels] = row[filter];
+    }
+  }
+}
+
+// ---- Gradients of input, offset and mask ----
+
+template <typename T, typename TOffset>
+InputGradient<T, TOffset>::InputGradient(const Geometry& geometry,
+                                         const InstructionSet& instruction_set, int workers)
+    : geometry_(geometry), kernels_(KernelsOf<T, TOffset>(*instruction_set.kernels)) {
+  const int64_t group_columns = geometry.taps * geometry.group_in_channels;
+  const int64_t padded_group_columns = RoundUp(group_columns, kernels_.panel_columns);
+  column_stride_ = RowStride(geometry.groups * group_columns);
+  const int64_t row_bytes = column_stride_ * sizeof(Real);
+  const int64_t pixels = TotalPixels(geometry);
+  tile_pixels_ =
+      TilePixels(pixels, kernels_.row_block,
+                 std::clamp<int64_t>(kTileBytes / row_bytes, 24, kMaxTilePixels), workers);
+  // A band of a few tiles for each worker, so that the two phases of a band seldom wait.
+  constexpr int64_t kBandBytes = 1536 * 1024;
+  const int64_t band_tiles =
+      workers * std::max<int64_t>(1, kBandBytes / (tile_pixels_ * row_bytes));
+  band_pixels_ =
+      std::min(band_tiles, std::max<int64_t>(1, CeilDivide(pixels, tile_pixels_))) * tile_pixels_;
+
+  plans_ = PlanPositions(geometry, 0, geometry.in_channels);
+  // Owners' channels end at cache lines, if possible also at deformable groups, whose positions
+  // then need to be found by one owner only.
+  const int64_t line = 64 / sizeof(Real);
+  int64_t owned = RoundUp(CeilDivide(geometry.in_channels, workers), line);
+  if (geometry.deformable_group_channels % line == 0) {
+    owned = std::min(geometry.in_channels, RoundUp(owned, geometry.deformable_group_channels));
+    if (CeilDivide(geometry.in_channels, owned) < std::min<int64_t>(workers, 2)) {
+      owned = RoundUp(CeilDivide(geometry.in_channels, workers), line);
+    }
+  }
+  for (int64_t begin = 0; begin < geometry.in_channels; begin += owned) {
+    scatter_plans_.push_back(
+        PlanPositions(geometry, begin, std::min(geometry.in_channels, begin + owned)));
+  }
+
+  if (ChannelsFirst(geometry)) {
+    channels_last_input_ = layout_.Add<T>(geometry.input_size());
+    channels_last_output_gradient_ = layout_.Add<T>(geometry.output_size());
+  }
+  if (ChannelsFirst(geometry) || !std::is_same_v<T, Real>) {
+    input_gradient_ = layout_.Add<Real>(geometry.input_size());
+  }
+  zeros_ = layout_.Add<T>(geometry.in_channels);
+  packed_filters_ =
+      layout_.Add<Real>(geometry.groups * padded_group_columns * geometry.group_out_channels);
+  column_gradients_ = layout_.Add<Real>(band_pixels_ * column_stride_);
+  if (!std::is_same_v<T, Real>) {
+    wide_output_gradient_ = layout_.Add<Real>(tile_pixels_ * geometry.out_channels, workers);
+  }
+  dump_ = layout_.Add<Real>(geometry.in_channels, workers);
+}
+
+template <typename T, typename TOffset>
+void InputGradient<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool,
+                                    char* workspace) const {
+  if (geometry_.input_size() == 0) return;
+  const int64_t filters = geometry_.out_channels, group_filters = geometry_.group_out_channels;
+  const int64_t group_columns = geometry_.taps * geometry_.group_in_channels;
+  const int64_t padded_group_columns = RoundUp(group_columns, kernels_.panel_columns);
+  Real* packed = packed_filters_.In(workspace);
+  PackAll(
+      kernels_, geometry_.groups, group_filters, group_columns, pool,
+      [&](int64_t group) {
+        return MatrixView<T>{tensors.filters + group * group_filters, 1, filters};
+      },
+      packed);
+  SetZero(zeros_.In(workspace), geometry_.in_channels);
+  for (int worker = 0; worker < pool.workers(); ++worker) {
+    SetZero(dump_.In(workspace, worker), geometry_.in_channels);
+  }
+  const SampledTensors<T, TOffset> sampled{
+      ChannelsLast(geometry_, tensors.input, geometry_.in_channels, geometry_.in_pixels, pool,
+                   channels_last_input_.In(workspace)),
+      tensors.offset, tensors.mask};
+  const T* output_gradient =
+      ChannelsLast(geometry_, tensors.output_gradient, filters, geometry_.out_pixels, pool,
+                   channels_last_output_gradient_.In(workspace));
+  Real* input_gradient;
+  if constexpr (std::is_same_v<T, Real>) {
+    input_gradient =
+        ChannelsFirst(geometry_) ? input_gradient_.In(workspace) : tensors.input_gradient;
+  } else {
+    input_gradient = input_gradient_.In(workspace);
+  }
+  pool.RunJobs(geometry_.batch * geometry_.in_height, [&](int64_t row, int) {
+    const int64_t row_size = geometry_.in_width * geometry_.in_channels;
+    SetZero(input_gradient + row * row_size, row_size);
+  });
+
+  Real* column_gradients = column_gradients_.In(workspace);
+  const int64_t pixels = TotalPixels(geometry_);
+  const int64_t owners = static_cast<int64_t>(scatter_plans_.size());
+  for (int64_t band = 0; band < pixels; band += band_pixels_) {
+    const int64_t band_end = std::min(pixels, band + band_pixels_);
+    pool.RunJobs(CeilDivide(band_end - band, tile_pixels_), [&](int64_t tile, int worker) {
+      const int64_t first = band + tile * tile_pixels_;
+      const PixelRange range{first, std::min(tile_pixels_, band_end - first)};
+      Real* columns = column_gradients + (first - band) * column_stride_;
+      const Real* gradient;
+      if constexpr (std::is_same_v<T, Real>) {
+        gradient = output_gradient + first * filters;
+      } else {
+        Real* wide = wide_output_gradient_.In(workspace, worker);
+        kernels_.widen(output_gradient + first * filters, range.count * filters, wide);
+        gradient = wide;
+      }
+      // In order: whole vectors are written, and what a group writes into the next one is
+      // overwritten.
+      for (int64_t group = 0; group < geometry_.groups; ++group) {
+        kernels_.multiply(gradient + group * group_filters, filters, range.count,
+                          packed + group * group_filters * padded_group_columns, group_filters,
+                          group_filters, group_columns, columns + group * group_columns,
+                          column_stride_, /*accumulate=*/false);
+      }
+      for (const SamplingPlan& plan : plans_) {
+        kernels_.position_gradients(geometry_, sampled, plan, range, zeros_.In(workspace), columns,
+                                    column_stride_, tensors.offset_gradient, tensors.mask_gradient);
+      }
+    });
+    const int64_t first_image = band / geometry_.out_pixels;
+    const int64_t images = (band_end - 1) / geometry_.out_pixels - first_image + 1;
+    pool.RunJobs(images * owners, [&](int64_t job, int worker) {
+      const int64_t image = first_image + job / owners;
+      const int64_t first = std::max(band, image * geometry_.out_pixels);
+      const int64_t end = std::min(band_end, (image + 1) * geometry_.out_pixels);
+      for (const SamplingPlan& plan : scatter_plans_[job % owners]) {
+        kernels_.scatter(
+            geometry_, sampled, plan, {first, end - first}, dump_.In(workspace, worker),
+            column_gradients + (first - band) * column_stride_, column_stride_, input_gradient);
+      }
+    });
+  }
+
+  if (ChannelsFirst(geometry_)) {
+    ToChannelsFirst(kernels_, input_gradient, geometry_.batch, geometry_.in_channels,
+                    geometry_.in_pixels, pool, tensors.input_gradient);
+  } else if constexpr (!std::is_same_v<T, Real>) {
+    NarrowAll(kernels_, input_gradient, geometry_.input_size(), pool, tensors.input_gradient);
+  }
+}
+
+// ---- Gradients of filters and bias ----
+
+namespace {
+
+// Pixels whose contribution to a filter's gradient is summed before it is added. Fixed, because it
+// decides the order of the sums; short enough for accuracy, long enough to keep sums in registers.
+constexpr int64_t kFilterTilePixels = 128;
+
+}  // namespace
+
+template <typename T, typename TOffset>
+FilterGradient<T, TOffset>::FilterGradient(const Geometry& geometry,
+                                           const InstructionSet& instruction_set, int workers)
+    : geometry_(geometry), kernels_(KernelsOf<T, TOffset>(*instruction_set.kernels)) {
+  const int64_t columns = ColumnCount(geometry);
+  const int64_t most_columns = kTileBytes / (kFilterTilePixels * sizeof(Real));
+  const int64_t slice_count = RoundUp(CeilDivide(columns, most_columns), workers);
+  const int64_t slice_columns = RoundUp(CeilDivide(columns, slice_count), kernels_.row_block);
+  for (int64_t begin = 0; begin < columns; begin += slice_columns) {
+    slices_.push_back(
+        PlanColumns(geometry, begin, std::min(columns, begin + slice_columns), slice_columns));
+  }
+  column_stride_ = RowStride(slice_columns);
+
+  if (ChannelsFirst(geometry)) {
+    channels_last_input_ = layout_.Add<T>(geometry.input_size());
+    channels_last_output_gradient_ = layout_.Add<T>(geometry.output_size());
+  }
+  if (!std::is_same_v<T, Real>) filters_gradient_ = layout_.Add<Real>(geometry.filters_size());
+  zeros_ = layout_.Add<T>(geometry.in_channels);
+  columns_ = layout_.Add<Real>(kFilterTilePixels * column_stride_, workers);
+  packed_gradient_ = layout_.Add<Real>(
+      kFilterTilePixels * RoundUp(geometry.group_out_channels, kernels_.panel_columns), workers);
+  bias_sums_ = layout_.Add<Real>(geometry.out_channels, /*copies=*/2);
+}
+
+template <typename T, typename TOffset>
+void FilterGradient<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool,
+                                     char* workspace) const {
+  const int64_t filters = geometry_.out_channels, group_filters = geometry_.group_out_channels;
+  const int64_t pixels = TotalPixels(geometry_);
+  SetZero(zeros_.In(workspace), geometry_.in_channels);
+  const SampledTensors<T, TOffset> sampled{
+      ChannelsLast(geometry_, tensors.input, geometry_.in_channels, geometry_.in_pixels, pool,
+                   channels_last_input_.In(workspace)),
+      tensors.offset, tensors.mask};
+  const T* output_gradient =
+      ChannelsLast(geometry_, tensors.output_gradient, filters, geometry_.out_pixels, pool,
+                   channels_last_output_gradient_.In(workspace));
+  Real* filters_gradient;
+  if constexpr (std::is_same_v<T, Real>) {
+    filters_gradient = tensors.filters_gradient;
+  } else {
+    filters_gradient = filters_gradient_.In(workspace);
+  }
+  SetZero(filters_gradient, geometry_.filters_size());
+
+  const int64_t slices = static_cast<int64_t>(slices_.size());
+  const int64_t bias_jobs = tensors.bias_gradient == nullptr ? 0 : 1;
+  pool.RunJobs(slices + bias_jobs, [&](int64_t job, int worker) {
+    if (job == slices) {
+      SumBias(output_gradient, tensors.bias_gradient, bias_sums_.In(workspace, 0),
+              bias_sums_.In(workspace, 1));
+      return;
+    }
+    Real* columns = columns_.In(workspace, worker);
+    Real* packed = packed_gradient_.In(workspace, worker);
+    for (int64_t first = 0; first < pixels; first += kFilterTilePixels) {
+      const PixelRange range{first, std::min(kFilterTilePixels, pixels - first)};
+      int64_t packed_group = -1;
+      for (const SamplingPlan& plan : slices_[job]) {
+        kernels_.sample(geometry_, sampled, plan, range, zeros_.In(workspace), columns,
+                        column_stride_);
+        for (const GroupPiece& piece : plan.pieces) {
+          if (piece.group != packed_group) {
+            kernels_.pack(
+                {output_gradient + first * filters + piece.group * group_filters, filters, 1},
+                range.count, group_filters, packed);
+            packed_group = piece.group;
+          }
+          kernels_.add_transposed_product(
+              columns + piece.column, column_stride_, piece.depth, packed, range.count,
+              group_filters,
+              filters_gradient + piece.depth_begin * filters + piece.group * group_filters,
+              filters);
+        }
+      }
+    }
+  });
+  if constexpr (!std::is_same_v<T, Real>) {
+    NarrowAll(kernels_, filters_gradient, geometry_.filters_size(), pool, tensors.filters_gradient);
+  }
+}
+
+template <typename T, typename TOffset>
+void FilterGradient<T, TOffset>::SumBias(const T* output_gradient, T* bias_gradient, Real* total,
+                                         Real* part) const {
+  const int64_t filters = geometry_.out_channels, pixels = TotalPixels(geometry_);
+  SetZero(total, filters);
+  for (int64_t first = 0; first < pixels; first += kFilterTilePixels) {
+    const int64_t end = std::min(pixels, first + kFilterTilePixels);
+    SetZero(part, filters);
+    kernels_.add_rows(output_gradient + first * filters, end - first, filters, part);
+    for (int64_t filter = 0; filter < filters; ++filter) total[filter] += part[filter];
+  }
+  kernels_.narrow(total, filters, bias_gradient);
+}
+
+#define MDCN_INSTANTIATE(T, TOffset)        \
+  template class Forward<T, TOffset>;       \
+  template class InputGradient<T, TOffset>; \
+  template class FilterGradient<T, TOffset>;
+MDCN_FOR_EACH_TYPE_PAIR(MDCN_INSTANTIATE)
+#undef MDCN_INSTANTIATE
+
+}  // namespace mdcn::cpu

@@ -1,0 +1,99 @@
+// What one instruction set offers: a table of kernels for each pair of types. The kernels are
+// compiled from one source (kernels.cc) for each instruction set; they see pointers and plans, and
+// know nothing of threads, workspaces or TensorFlow.
+#ifndef MDCN_CORE_CPU_KERNEL_TABLE_H_
+#define MDCN_CORE_CPU_KERNEL_TABLE_H_
+
+#include <cstdint>
+
+#include "core/cpu/plan.h"
+#include "core/geometry.h"
+#include "core/types.h"
+
+namespace mdcn::cpu {
+
+// A matrix as the kernels read it: element (depth, column) of `group` is at
+// data[depth * depth_stride + column * column_stride].
+template <typename T>
+struct MatrixView {
+  const T* data;
+  int64_t depth_stride, column_stride;
+};
+
+// The tensors that are sampled. The input is channels-last whatever the geometry's data format.
+template <typename T, typename TOffset>
+struct SampledTensors {
+  const T* input;
+  const TOffset* offset;
+  const TOffset* mask;  // null: every modulation is 1
+};
+
+// Pixels are numbered over the whole batch: image * out_pixels + row * out_width + column.
+struct PixelRange {
+  int64_t first, count;
+};
+
+template <typename T, typename TOffset>
+struct ConvolutionKernels {
+  using Real = ComputeType<T>;
+
+  int panel_columns;  // in a packed panel: what the product computes side by side
+  int row_block;      // rows that the product computes at a time
+  int vector_length;  // elements of Real
+
+  // Packs columns [0, columns) of a matrix into panels [panel][depth][panel_columns], the last one
+  // filled up with zeros.
+  void (*pack)(const MatrixView<T>& matrix, int64_t depth, int64_t columns, Real* panels);
+
+  // c[row][column] (+)= sum over depth of a[row][depth] * b[depth][column]. Columns of c are
+  // written in whole vectors. `panel_depth` is the depth with which b was packed.
+  void (*multiply)(const Real* a, int64_t a_stride, int64_t rows, const Real* b,
+                   int64_t panel_depth, int64_t depth, int64_t columns, Real* c, int64_t c_stride,
+                   bool accumulate);
+
+  // c[row][column] += sum over depth of a[depth][row] * b[depth][column], the sum formed first.
+  void (*add_transposed_product)(const Real* a, int64_t a_stride, int64_t rows, const Real* b,
+                                 int64_t depth, int64_t columns, Real* c, int64_t c_stride);
+
+  // Fills the plan's columns for each pixel, masked. `zeros` has in_channels zeros: what a corner
+  // outside the image points to.
+  void (*sample)(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
+                 const SamplingPlan& plan, PixelRange pixels, const T* zeros, Real* columns,
+                 int64_t column_stride);
+
+  // From the gradient of whole rows of columns: the gradients of offset and mask (null: not wanted)
+  // at the plan's positions.
+  void (*position_gradients)(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
+                             const SamplingPlan& plan, PixelRange pixels, const T* zeros,
+                             const Real* column_gradients, int64_t column_stride,
+                             TOffset* offset_gradient, TOffset* mask_gradient);
+
+  // Adds to the input gradient (channels-last, whole tensor) what the plan's runs contribute.
+  // `dump` has in_channels elements: where corners outside the image go.
+  void (*scatter)(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
+                  const SamplingPlan& plan, PixelRange pixels, Real* dump,
+                  const Real* column_gradients, int64_t column_stride, Real* input_gradient);
+
+  // sums[column] += sum over rows of from[row][column], rows contiguous, in order.
+  void (*add_rows)(const T* from, int64_t rows, int64_t columns, Real* sums);
+
+  // Conversions of contiguous elements.
+  void (*widen)(const T* from, int64_t count, Real* to);
+  void (*narrow)(const Real* from, int64_t count, T* to);
+};
+
+struct KernelSet : ConvolutionKernels<float, float>,
+                   ConvolutionKernels<double, double>,
+                   ConvolutionKernels<Half, Half>,
+                   ConvolutionKernels<Half, float>,
+                   ConvolutionKernels<BFloat16, BFloat16>,
+                   ConvolutionKernels<BFloat16, float> {};
+
+template <typename T, typename TOffset>
+const ConvolutionKernels<T, TOffset>& KernelsOf(const KernelSet& set) {
+  return set;
+}
+
+}  // namespace mdcn::cpu
+
+#endif  // MDCN_CORE_CPU_KERNEL_TABLE_H_

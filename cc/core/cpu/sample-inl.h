@@ -1,0 +1,390 @@
+// Positions of samples, and what happens at them: the sampling of columns, the gradients of offset
+// and mask, and the scatter of the input gradient. Positions are vectorised over taps and
+// deformable groups (narrow layers spend their time there), values over channels. Included by
+// kernels.cc only.
+#ifndef MDCN_CORE_CPU_SAMPLE_INL_H_
+#define MDCN_CORE_CPU_SAMPLE_INL_H_
+
+#include <type_traits>
+
+#include "core/cpu/kernel_table.h"
+#include "core/cpu/vector-inl.h"
+#include "core/sampling.h"
+
+namespace mdcn::cpu::MDCN_ISA {
+namespace {
+
+// An element of an offset-like tensor at (pixel, channel), in either layout.
+struct ChannelAddress {
+  int64_t image_stride, pixel_stride, channel_stride;
+
+  ChannelAddress(const Geometry& geometry, int64_t channels) {
+    const bool last = geometry.data_format == DataFormat::kChannelsLast;
+    image_stride = geometry.out_pixels * channels;
+    pixel_stride = last ? channels : 1;
+    channel_stride = last ? 1 : geometry.out_pixels;
+  }
+};
+
+// Walks over a range of pixels.
+struct PixelCursor {
+  const Geometry& geometry;
+  int64_t image, pixel;  // pixel within the image
+  int64_t row, column;
+
+  PixelCursor(const Geometry& geometry, int64_t index)
+      : geometry(geometry),
+        image(index / geometry.out_pixels),
+        pixel(index % geometry.out_pixels),
+        row(pixel / geometry.out_width),
+        column(pixel % geometry.out_width) {}
+
+  int64_t At(const ChannelAddress& address) const {
+    return image * address.image_stride + pixel * address.pixel_stride;
+  }
+  void Next() {
+    ++pixel;
+    if (++column < geometry.out_width) return;
+    column = 0;
+    if (++row < geometry.out_height) return;
+    row = 0;
+    pixel = 0;
+    ++image;
+  }
+};
+
+// The positions of one pixel, one array element each. Arrays are computed in whole vectors.
+template <typename Real>
+struct alignas(64) Positions {
+  int32_t low_y[kMaxPositions], low_x[kMaxPositions];
+  Real fraction_y[kMaxPositions], fraction_x[kMaxPositions], modulation[kMaxPositions];
+};
+
+// `count` channels from `from` on, as compute type, into contiguous `to`.
+template <typename T>
+MDCN_INLINE void ReadChannels(const T* from, int64_t stride, int count, ComputeType<T>* to) {
+  if (stride == 1) {
+    Widen(from, count, to);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = Load<1>(from + i * stride);
+  }
+}
+
+template <typename T, typename TOffset>
+class Locator {
+ public:
+  using Real = ComputeType<T>;
+
+  Locator(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
+          const SamplingPlan& plan)
+      : geometry_(geometry),
+        tensors_(tensors),
+        plan_(plan),
+        offset_address_(geometry, geometry.offset_channels),
+        mask_address_(geometry, geometry.mask_channels) {}
+
+  void Locate(const PixelCursor& at, Positions<Real>* positions) const {
+    alignas(64) Real offset[2 * kMaxPositions];
+    const int count = plan_.positions();
+    const TOffset* offset_of_pixel = tensors_.offset + at.At(offset_address_);
+    int first = 0;
+    for (const PositionSpan& span : plan_.spans) {
+      ReadChannels(offset_of_pixel + 2 * span.mask_channel * offset_address_.channel_stride,
+                   offset_address_.channel_stride, 2 * span.count, offset + 2 * first);
+      first += span.count;
+    }
+    if (tensors_.mask != nullptr) {
+      const TOffset* mask_of_pixel = tensors_.mask + at.At(mask_address_);
+      first = 0;
+      for (const PositionSpan& span : plan_.spans) {
+        ReadChannels(mask_of_pixel + span.mask_channel * mask_address_.channel_stride,
+                     mask_address_.channel_stride, span.count, positions->modulation + first);
+        first += span.count;
+      }
+    } else {
+      for (int i = 0; i < count; ++i) positions->modulation[i] = 1;
+    }
+    const int32_t y = static_cast<int32_t>(at.row * geometry_.stride_height - geometry_.pad_top);
+    const int32_t x = static_cast<int32_t>(at.column * geometry_.stride_width - geometry_.pad_left);
+    LocateAll(count, y, x, plan_.tap_y.data(), plan_.tap_x.data(), offset, positions);
+  }
+
+ private:
+  __attribute__((noinline)) void LocateAll(int count, int32_t y, int32_t x,
+                                           const int32_t* __restrict tap_y,
+                                           const int32_t* __restrict tap_x,
+                                           const Real* __restrict offset,
+                                           Positions<Real>* __restrict positions) const {
+    const int32_t height = static_cast<int32_t>(geometry_.in_height);
+    const int32_t width = static_cast<int32_t>(geometry_.in_width);
+    for (int i = 0; i < count; ++i) {
+      const auto sample_y = SampleAxis<Real>(Real(y + tap_y[i]) + offset[2 * i], height);
+      const auto sample_x = SampleAxis<Real>(Real(x + tap_x[i]) + offset[2 * i + 1], width);
+      positions->low_y[i] = sample_y.low;
+      positions->low_x[i] = sample_x.low;
+      positions->fraction_y[i] = sample_y.fraction;
+      positions->fraction_x[i] = sample_x.fraction;
+    }
+  }
+
+  const Geometry& geometry_;
+  const SampledTensors<T, TOffset>& tensors_;
+  const SamplingPlan& plan_;
+  const ChannelAddress offset_address_, mask_address_;
+};
+
+// Weights of the corners of all positions, masked.
+template <typename Real>
+struct alignas(64) MaskedWeights {
+  Real low_low[kMaxPositions], low_high[kMaxPositions], high_low[kMaxPositions],
+      high_high[kMaxPositions];
+};
+
+template <typename Real>
+__attribute__((noinline)) void WeighCorners(const Positions<Real>& positions, int count,
+                                            MaskedWeights<Real>* __restrict weights) {
+  for (int i = 0; i < count; ++i) {
+    const auto corners = BilinearWeights(positions.fraction_y[i], positions.fraction_x[i]);
+    weights->low_low[i] = corners.low_low * positions.modulation[i];
+    weights->low_high[i] = corners.low_high * positions.modulation[i];
+    weights->high_low[i] = corners.high_low * positions.modulation[i];
+    weights->high_high[i] = corners.high_high * positions.modulation[i];
+  }
+}
+
+// The four corner pixels of a position; `nowhere` stands for those outside the image.
+template <typename Element>
+struct CornerPixels {
+  Element *low_low, *low_high, *high_low, *high_high;
+};
+
+template <typename Element>
+MDCN_INLINE CornerPixels<Element> LocateCorners(const Geometry& geometry, int32_t low_y,
+                                                int32_t low_x, Element* image, Element* nowhere) {
+  const int32_t height = static_cast<int32_t>(geometry.in_height);
+  const int32_t width = static_cast<int32_t>(geometry.in_width);
+  const int64_t pixel_step = geometry.in_channels;
+  const int64_t row_step = width * pixel_step;
+  const int64_t at = low_y * row_step + low_x * pixel_step;
+  const bool low_y_exists = CornerExists(low_y, height);
+  const bool high_y_exists = CornerExists(low_y + 1, height);
+  const bool low_x_exists = CornerExists(low_x, width);
+  const bool high_x_exists = CornerExists(low_x + 1, width);
+  return {low_y_exists && low_x_exists ? image + at : nowhere,
+          low_y_exists && high_x_exists ? image + (at + pixel_step) : nowhere,
+          high_y_exists && low_x_exists ? image + (at + row_step) : nowhere,
+          high_y_exists && high_x_exists ? image + (at + row_step + pixel_step) : nowhere};
+}
+
+template <int kCount, typename T, typename Real>
+MDCN_INLINE void Interpolate(const CornerPixels<const T>& pixels, const Corners<Real>& weights,
+                             int64_t i, int64_t channels, Real* to) {
+  for (; i + kCount <= channels; i += kCount) {
+    Store<kCount>(weights.low_low * Load<kCount>(pixels.low_low + i) +
+                      weights.low_high * Load<kCount>(pixels.low_high + i) +
+                      weights.high_low * Load<kCount>(pixels.high_low + i) +
+                      weights.high_high * Load<kCount>(pixels.high_high + i),
+                  to + i);
+  }
+  if constexpr (kCount > 1) {
+    if (i < channels) Interpolate<kCount / 2>(pixels, weights, i, channels, to);
+  }
+}
+
+template <typename Element>
+MDCN_INLINE CornerPixels<Element> At(const CornerPixels<Element>& pixels, int64_t channel) {
+  return {pixels.low_low + channel, pixels.low_high + channel, pixels.high_low + channel,
+          pixels.high_high + channel};
+}
+
+template <typename Real>
+MDCN_INLINE Corners<Real> WeightsAt(const MaskedWeights<Real>& weights, int32_t position) {
+  return {weights.low_low[position], weights.low_high[position], weights.high_low[position],
+          weights.high_high[position]};
+}
+
+template <typename T, typename TOffset>
+void Sample(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
+            const SamplingPlan& plan, PixelRange pixels, const T* zeros, ComputeType<T>* columns,
+            int64_t column_stride) {
+  using Real = ComputeType<T>;
+  const Locator<T, TOffset> locator(geometry, tensors, plan);
+  Positions<Real> positions;
+  MaskedWeights<Real> weights;
+  CornerPixels<const T> corners[kMaxPositions];
+  const int count = plan.positions();
+  PixelCursor at(geometry, pixels.first);
+  for (int64_t p = 0; p < pixels.count; ++p, at.Next(), columns += column_stride) {
+    locator.Locate(at, &positions);
+    WeighCorners(positions, count, &weights);
+    const T* image = tensors.input + at.image * geometry.in_pixels * geometry.in_channels;
+    for (int i = 0; i < count; ++i) {
+      corners[i] = LocateCorners(geometry, positions.low_y[i], positions.low_x[i], image, zeros);
+    }
+    for (const Run& run : plan.runs) {
+      Interpolate<kLanes<Real>>(At(corners[run.position], run.channel),
+                                WeightsAt(weights, run.position), 0, run.count,
+                                columns + run.column);
+    }
+  }
+}
+
+// The sums of the lanes of four vectors.
+template <int kCount, typename Real>
+MDCN_INLINE Corners<Real> SumLanes(const Vector<Real, kCount>& a, const Vector<Real, kCount>& b,
+                                   const Vector<Real, kCount>& c, const Vector<Real, kCount>& d) {
+  if constexpr (kCount == 1) {
+    return {a, b, c, d};
+  } else if constexpr (kCount == 2) {
+    return {a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]};
+  } else {
+    // Pairs of vectors are folded into one, four lanes at a time: {a0 + a2, b0 + b2, a1 + a3, ...}.
+    using Index = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
+    Vector<Index, kCount> low, high, low_pair, high_pair;
+    for (int i = 0; i < kCount; ++i) {
+      const int block = i / 4 * 4, lane = i % 4;
+      low[i] = block + lane / 2 + (lane % 2) * kCount;
+      high[i] = low[i] + 2;
+      low_pair[i] = block + lane % 2 + (lane / 2) * kCount;
+      high_pair[i] = low_pair[i] + 2;
+    }
+    const Vector<Real, kCount> ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    const Vector<Real, kCount> cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+    Vector<Real, kCount> sums =
+        __builtin_shuffle(ab, cd, low_pair) + __builtin_shuffle(ab, cd, high_pair);
+    for (int distance = kCount / 2; distance >= 4; distance /= 2) {
+      Vector<Index, kCount> rotated;
+      for (int i = 0; i < kCount; ++i) rotated[i] = (i + distance) % kCount;
+      sums += __builtin_shuffle(sums, rotated);
+    }
+    return {sums[0], sums[1], sums[2], sums[3]};
+  }
+}
+
+// Adds to `sums` the dot products of the corner pixels with the gradient.
+template <int kCount, typename T, typename Real>
+MDCN_INLINE void AddDotProducts(const CornerPixels<const T>& pixels, const Real* gradient,
+                                int64_t i, int64_t channels, Corners<Real>* sums) {
+  if (i + kCount <= channels) {
+    Vector<Real, kCount> low_low{}, low_high{}, high_low{}, high_high{};
+    for (; i + kCount <= channels; i += kCount) {
+      const Vector<Real, kCount> g = Load<kCount>(gradient + i);
+      low_low += Load<kCount>(pixels.low_low + i) * g;
+      low_high += Load<kCount>(pixels.low_high + i) * g;
+      high_low += Load<kCount>(pixels.high_low + i) * g;
+      high_high += Load<kCount>(pixels.high_high + i) * g;
+    }
+    const Corners<Real> lanes = SumLanes<kCount, Real>(low_low, low_high, high_low, high_high);
+    sums->low_low += lanes.low_low;
+    sums->low_high += lanes.low_high;
+    sums->high_low += lanes.high_low;
+    sums->high_high += lanes.high_high;
+  }
+  if constexpr (kCount > 1) {
+    if (i < channels) AddDotProducts<kCount / 2>(pixels, gradient, i, channels, sums);
+  }
+}
+
+template <typename T>
+MDCN_INLINE void WriteChannels(const ComputeType<T>* from, int count, int64_t stride, T* to) {
+  for (int i = 0; i < count; ++i) to[i * stride] = NarrowOne(from[i], T{});
+}
+
+template <typename T, typename TOffset>
+void PositionGradients(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
+                       const SamplingPlan& plan, PixelRange pixels, const T* zeros,
+                       const ComputeType<T>* column_gradients, int64_t column_stride,
+                       TOffset* offset_gradient, TOffset* mask_gradient) {
+  using Real = ComputeType<T>;
+  const Locator<T, TOffset> locator(geometry, tensors, plan);
+  const ChannelAddress offset_address(geometry, geometry.offset_channels);
+  const ChannelAddress mask_address(geometry, geometry.mask_channels);
+  Positions<Real> positions;
+  CornerPixels<const T> corners[kMaxPositions];
+  Corners<Real> sums[kMaxPositions];
+  alignas(64) Real offset_values[2 * kMaxPositions], mask_values[kMaxPositions];
+  const int count = plan.positions();
+  PixelCursor at(geometry, pixels.first);
+  for (int64_t p = 0; p < pixels.count; ++p, at.Next(), column_gradients += column_stride) {
+    locator.Locate(at, &positions);
+    const T* image = tensors.input + at.image * geometry.in_pixels * geometry.in_channels;
+    for (int i = 0; i < count; ++i) {
+      corners[i] = LocateCorners(geometry, positions.low_y[i], positions.low_x[i], image, zeros);
+      sums[i] = {};
+    }
+    for (const Run& run : plan.runs) {
+      AddDotProducts<kLanes<Real>>(At(corners[run.position], run.channel),
+                                   column_gradients + run.column, 0, run.count,
+                                   &sums[run.position]);
+    }
+    for (int i = 0; i < count; ++i) {
+      const Real fraction_y = positions.fraction_y[i], fraction_x = positions.fraction_x[i];
+      const Corners<Real> weights = BilinearWeights(fraction_y, fraction_x);
+      mask_values[i] = weights.low_low * sums[i].low_low + weights.low_high * sums[i].low_high +
+                       weights.high_low * sums[i].high_low + weights.high_high * sums[i].high_high;
+      offset_values[2 * i] = positions.modulation[i] * DerivativeY(sums[i], fraction_x);
+      offset_values[2 * i + 1] = positions.modulation[i] * DerivativeX(sums[i], fraction_y);
+    }
+    int first = 0;
+    for (const PositionSpan& span : plan.spans) {
+      WriteChannels(offset_values + 2 * first, 2 * span.count, offset_address.channel_stride,
+                    offset_gradient + at.At(offset_address) +
+                        2 * span.mask_channel * offset_address.channel_stride);
+      if (mask_gradient != nullptr) {
+        WriteChannels(
+            mask_values + first, span.count, mask_address.channel_stride,
+            mask_gradient + at.At(mask_address) + span.mask_channel * mask_address.channel_stride);
+      }
+      first += span.count;
+    }
+  }
+}
+
+template <int kCount, typename Real>
+MDCN_INLINE void AddToCorners(const Real* gradient, const Corners<Real>& weights, int64_t i,
+                              int64_t channels, const CornerPixels<Real>& pixels) {
+  for (; i + kCount <= channels; i += kCount) {
+    const Vector<Real, kCount> g = Load<kCount>(gradient + i);
+    const auto add = [&](Real weight, Real* to) {
+      Store<kCount>(Load<kCount>(to + i) + weight * g, to + i);
+    };
+    add(weights.low_low, pixels.low_low);
+    add(weights.low_high, pixels.low_high);
+    add(weights.high_low, pixels.high_low);
+    add(weights.high_high, pixels.high_high);
+  }
+  if constexpr (kCount > 1) {
+    if (i < channels) AddToCorners<kCount / 2>(gradient, weights, i, channels, pixels);
+  }
+}
+
+template <typename T, typename TOffset>
+void Scatter(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
+             const SamplingPlan& plan, PixelRange pixels, ComputeType<T>* dump,
+             const ComputeType<T>* column_gradients, int64_t column_stride,
+             ComputeType<T>* input_gradient) {
+  using Real = ComputeType<T>;
+  const Locator<T, TOffset> locator(geometry, tensors, plan);
+  Positions<Real> positions;
+  MaskedWeights<Real> weights;
+  CornerPixels<Real> corners[kMaxPositions];
+  const int count = plan.positions();
+  PixelCursor at(geometry, pixels.first);
+  for (int64_t p = 0; p < pixels.count; ++p, at.Next(), column_gradients += column_stride) {
+    locator.Locate(at, &positions);
+    WeighCorners(positions, count, &weights);
+    Real* image = input_gradient + at.image * geometry.in_pixels * geometry.in_channels;
+    for (int i = 0; i < count; ++i) {
+      corners[i] = LocateCorners(geometry, positions.low_y[i], positions.low_x[i], image, dump);
+    }
+    for (const Run& run : plan.runs) {
+      AddToCorners<kLanes<Real>>(column_gradients + run.column, WeightsAt(weights, run.position), 0,
+                                 run.count, At(corners[run.position], run.channel));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mdcn::cpu::MDCN_ISA
+
+#endif  // MDCN_CORE_CPU_SAMPLE_INL_H_
