@@ -13,7 +13,7 @@ int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDivide(a, multiple) * 
 // ---- Tuning. Each function is pure; none of the choices changes a result. ----
 
 // What a tile's buffer may take of a core's L2 cache, of which the smallest in use have 512 KiB.
-constexpr int64_t kTileBytes = 192 * 1024;
+constexpr int64_t kTileBytes = 256 * 1024;
 constexpr int64_t kMaxTilePixels = 96;
 
 // Columns that are sampled before they are multiplied: whole taps where they fit.

@@ -117,9 +117,11 @@ template <typename Real>
 void Multiply(const Real* a, int64_t a_stride, int64_t rows, const Real* b, int64_t panel_depth,
               int64_t depth, int64_t columns, Real* c, int64_t c_stride, bool accumulate) {
   constexpr int kColumns = kPanelColumns<Real>;
-  constexpr int64_t kDepth = kDepthBlock<Real>;
-  for (int64_t begin = 0; begin < depth; begin += kDepth) {
-    const int64_t count = depth - begin < kDepth ? depth - begin : kDepth;
+  // As many passes as bring them nearest to that depth, all alike.
+  const int64_t passes = (depth + kDepthBlock<Real> / 2) / kDepthBlock<Real>;
+  const int64_t pass_depth = passes > 1 ? (depth + passes - 1) / passes : depth;
+  for (int64_t begin = 0; begin < depth; begin += pass_depth) {
+    const int64_t count = depth - begin < pass_depth ? depth - begin : pass_depth;
     for (int64_t column = 0; column < columns; column += kColumns) {
       const Real* panel = b + column * panel_depth + begin * kColumns;
       if (accumulate || begin > 0) {

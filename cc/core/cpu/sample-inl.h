@@ -6,6 +6,7 @@
 #define MDCN_CORE_CPU_SAMPLE_INL_H_
 
 #include <type_traits>
+#include <vector>
 
 #include "core/cpu/kernel_table.h"
 #include "core/cpu/vector-inl.h"
@@ -57,17 +58,33 @@ struct PixelCursor {
 template <typename Real>
 struct alignas(64) Positions {
   int32_t low_y[kMaxPositions], low_x[kMaxPositions];
-  Real fraction_y[kMaxPositions], fraction_x[kMaxPositions], modulation[kMaxPositions];
+  Real fraction_y[kMaxPositions], fraction_x[kMaxPositions];
+  const Real* modulation;  // in the mask itself, or in the array below
+  Real modulation_copy[kMaxPositions];
 };
 
-// `count` channels from `from` on, as compute type, into contiguous `to`.
-template <typename T>
-MDCN_INLINE void ReadChannels(const T* from, int64_t stride, int count, ComputeType<T>* to) {
-  if (stride == 1) {
-    Widen(from, count, to);
-  } else {
-    for (int i = 0; i < count; ++i) to[i] = Load<1>(from + i * stride);
+// The channels of the spans at one pixel, `per_position` for each position, as contiguous Reals: in
+// the tensor itself if they are that there, else in `copy`.
+template <typename T, typename Real>
+MDCN_INLINE const Real* ReadChannels(const T* pixel, int64_t channel_stride, int per_position,
+                                     const std::vector<PositionSpan>& spans, Real* copy) {
+  if constexpr (std::is_same_v<T, Real>) {
+    if (channel_stride == 1 && spans.size() == 1) {
+      return pixel + per_position * spans[0].mask_channel;
+    }
   }
+  Real* to = copy;
+  for (const PositionSpan& span : spans) {
+    const T* from = pixel + per_position * span.mask_channel * channel_stride;
+    const int count = per_position * span.count;
+    if (channel_stride == 1) {
+      Widen(from, count, to);
+    } else {
+      for (int i = 0; i < count; ++i) to[i] = Load<1>(from + i * channel_stride);
+    }
+    to += count;
+  }
+  return copy;
 }
 
 template <typename T, typename TOffset>
@@ -84,25 +101,17 @@ class Locator {
         mask_address_(geometry, geometry.mask_channels) {}
 
   void Locate(const PixelCursor& at, Positions<Real>* positions) const {
-    alignas(64) Real offset[2 * kMaxPositions];
+    alignas(64) Real offset_copy[2 * kMaxPositions];
     const int count = plan_.positions();
-    const TOffset* offset_of_pixel = tensors_.offset + at.At(offset_address_);
-    int first = 0;
-    for (const PositionSpan& span : plan_.spans) {
-      ReadChannels(offset_of_pixel + 2 * span.mask_channel * offset_address_.channel_stride,
-                   offset_address_.channel_stride, 2 * span.count, offset + 2 * first);
-      first += span.count;
-    }
+    const Real* offset = ReadChannels(tensors_.offset + at.At(offset_address_),
+                                      offset_address_.channel_stride, 2, plan_.spans, offset_copy);
+    positions->modulation = positions->modulation_copy;
     if (tensors_.mask != nullptr) {
-      const TOffset* mask_of_pixel = tensors_.mask + at.At(mask_address_);
-      first = 0;
-      for (const PositionSpan& span : plan_.spans) {
-        ReadChannels(mask_of_pixel + span.mask_channel * mask_address_.channel_stride,
-                     mask_address_.channel_stride, span.count, positions->modulation + first);
-        first += span.count;
-      }
+      positions->modulation =
+          ReadChannels(tensors_.mask + at.At(mask_address_), mask_address_.channel_stride, 1,
+                       plan_.spans, positions->modulation_copy);
     } else {
-      for (int i = 0; i < count; ++i) positions->modulation[i] = 1;
+      for (int i = 0; i < count; ++i) positions->modulation_copy[i] = 1;
     }
     const int32_t y = static_cast<int32_t>(at.row * geometry_.stride_height - geometry_.pad_top);
     const int32_t x = static_cast<int32_t>(at.column * geometry_.stride_width - geometry_.pad_left);
@@ -152,28 +161,54 @@ __attribute__((noinline)) void WeighCorners(const Positions<Real>& positions, in
   }
 }
 
-// The four corner pixels of a position; `nowhere` stands for those outside the image.
+// Where the corners of all positions are, in bytes from the image on.
+struct alignas(64) CornerOffsets {
+  int64_t low_low[kMaxPositions], low_high[kMaxPositions], high_low[kMaxPositions],
+      high_high[kMaxPositions];
+};
+
+// Without branches, since positions near the border are not predictable: corners outside the image
+// are at `nowhere_bytes`.
+template <typename Element, typename Real>
+__attribute__((noinline)) void LocateCorners(const Geometry& geometry,
+                                             const Positions<Real>& positions, int count,
+                                             int64_t nowhere_bytes,
+                                             CornerOffsets* __restrict offsets) {
+  const int32_t height = static_cast<int32_t>(geometry.in_height);
+  const int32_t width = static_cast<int32_t>(geometry.in_width);
+  const int64_t pixel_bytes = geometry.in_channels * sizeof(Element);
+  const int64_t row_bytes = width * pixel_bytes;
+  for (int i = 0; i < count; ++i) {
+    const int32_t y = positions.low_y[i], x = positions.low_x[i];
+    const int64_t at = y * row_bytes + x * pixel_bytes;
+    const bool low_y = CornerExists(y, height), high_y = CornerExists(y + 1, height);
+    const bool low_x = CornerExists(x, width), high_x = CornerExists(x + 1, width);
+    offsets->low_low[i] = low_y & low_x ? at : nowhere_bytes;
+    offsets->low_high[i] = low_y & high_x ? at + pixel_bytes : nowhere_bytes;
+    offsets->high_low[i] = high_y & low_x ? at + row_bytes : nowhere_bytes;
+    offsets->high_high[i] = high_y & high_x ? at + row_bytes + pixel_bytes : nowhere_bytes;
+  }
+}
+
+// The four corners of a position, from a channel on.
 template <typename Element>
 struct CornerPixels {
   Element *low_low, *low_high, *high_low, *high_high;
 };
 
 template <typename Element>
-MDCN_INLINE CornerPixels<Element> LocateCorners(const Geometry& geometry, int32_t low_y,
-                                                int32_t low_x, Element* image, Element* nowhere) {
-  const int32_t height = static_cast<int32_t>(geometry.in_height);
-  const int32_t width = static_cast<int32_t>(geometry.in_width);
-  const int64_t pixel_step = geometry.in_channels;
-  const int64_t row_step = width * pixel_step;
-  const int64_t at = low_y * row_step + low_x * pixel_step;
-  const bool low_y_exists = CornerExists(low_y, height);
-  const bool high_y_exists = CornerExists(low_y + 1, height);
-  const bool low_x_exists = CornerExists(low_x, width);
-  const bool high_x_exists = CornerExists(low_x + 1, width);
-  return {low_y_exists && low_x_exists ? image + at : nowhere,
-          low_y_exists && high_x_exists ? image + (at + pixel_step) : nowhere,
-          high_y_exists && low_x_exists ? image + (at + row_step) : nowhere,
-          high_y_exists && high_x_exists ? image + (at + row_step + pixel_step) : nowhere};
+MDCN_INLINE CornerPixels<Element> CornersAt(Element* image, const CornerOffsets& offsets,
+                                            const Run& run) {
+  const auto corner = [&](const int64_t* bytes) {
+    return reinterpret_cast<Element*>(reinterpret_cast<intptr_t>(image + run.channel) +
+                                      bytes[run.position]);
+  };
+  return {corner(offsets.low_low), corner(offsets.low_high), corner(offsets.high_low),
+          corner(offsets.high_high)};
+}
+
+MDCN_INLINE int64_t BytesBetween(const void* from, const void* to) {
+  return reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
 }
 
 template <int kCount, typename T, typename Real>
@@ -191,12 +226,6 @@ MDCN_INLINE void Interpolate(const CornerPixels<const T>& pixels, const Corners<
   }
 }
 
-template <typename Element>
-MDCN_INLINE CornerPixels<Element> At(const CornerPixels<Element>& pixels, int64_t channel) {
-  return {pixels.low_low + channel, pixels.low_high + channel, pixels.high_low + channel,
-          pixels.high_high + channel};
-}
-
 template <typename Real>
 MDCN_INLINE Corners<Real> WeightsAt(const MaskedWeights<Real>& weights, int32_t position) {
   return {weights.low_low[position], weights.low_high[position], weights.high_low[position],
@@ -210,21 +239,18 @@ void Sample(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
   using Real = ComputeType<T>;
   const Locator<T, TOffset> locator(geometry, tensors, plan);
   Positions<Real> positions;
+  CornerOffsets offsets;
   MaskedWeights<Real> weights;
-  CornerPixels<const T> corners[kMaxPositions];
   const int count = plan.positions();
   PixelCursor at(geometry, pixels.first);
   for (int64_t p = 0; p < pixels.count; ++p, at.Next(), columns += column_stride) {
     locator.Locate(at, &positions);
     WeighCorners(positions, count, &weights);
     const T* image = tensors.input + at.image * geometry.in_pixels * geometry.in_channels;
-    for (int i = 0; i < count; ++i) {
-      corners[i] = LocateCorners(geometry, positions.low_y[i], positions.low_x[i], image, zeros);
-    }
+    LocateCorners<T>(geometry, positions, count, BytesBetween(image, zeros), &offsets);
     for (const Run& run : plan.runs) {
-      Interpolate<kLanes<Real>>(At(corners[run.position], run.channel),
-                                WeightsAt(weights, run.position), 0, run.count,
-                                columns + run.column);
+      Interpolate<kLanes<Real>>(CornersAt(image, offsets, run), WeightsAt(weights, run.position), 0,
+                                run.count, columns + run.column);
     }
   }
 }
@@ -300,7 +326,7 @@ void PositionGradients(const Geometry& geometry, const SampledTensors<T, TOffset
   const ChannelAddress offset_address(geometry, geometry.offset_channels);
   const ChannelAddress mask_address(geometry, geometry.mask_channels);
   Positions<Real> positions;
-  CornerPixels<const T> corners[kMaxPositions];
+  CornerOffsets offsets;
   Corners<Real> sums[kMaxPositions];
   alignas(64) Real offset_values[2 * kMaxPositions], mask_values[kMaxPositions];
   const int count = plan.positions();
@@ -308,14 +334,11 @@ void PositionGradients(const Geometry& geometry, const SampledTensors<T, TOffset
   for (int64_t p = 0; p < pixels.count; ++p, at.Next(), column_gradients += column_stride) {
     locator.Locate(at, &positions);
     const T* image = tensors.input + at.image * geometry.in_pixels * geometry.in_channels;
-    for (int i = 0; i < count; ++i) {
-      corners[i] = LocateCorners(geometry, positions.low_y[i], positions.low_x[i], image, zeros);
-      sums[i] = {};
-    }
+    LocateCorners<T>(geometry, positions, count, BytesBetween(image, zeros), &offsets);
+    for (int i = 0; i < count; ++i) sums[i] = {};
     for (const Run& run : plan.runs) {
-      AddDotProducts<kLanes<Real>>(At(corners[run.position], run.channel),
-                                   column_gradients + run.column, 0, run.count,
-                                   &sums[run.position]);
+      AddDotProducts<kLanes<Real>>(CornersAt(image, offsets, run), column_gradients + run.column, 0,
+                                   run.count, &sums[run.position]);
     }
     for (int i = 0; i < count; ++i) {
       const Real fraction_y = positions.fraction_y[i], fraction_x = positions.fraction_x[i];
@@ -366,20 +389,18 @@ void Scatter(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors
   using Real = ComputeType<T>;
   const Locator<T, TOffset> locator(geometry, tensors, plan);
   Positions<Real> positions;
+  CornerOffsets offsets;
   MaskedWeights<Real> weights;
-  CornerPixels<Real> corners[kMaxPositions];
   const int count = plan.positions();
   PixelCursor at(geometry, pixels.first);
   for (int64_t p = 0; p < pixels.count; ++p, at.Next(), column_gradients += column_stride) {
     locator.Locate(at, &positions);
     WeighCorners(positions, count, &weights);
     Real* image = input_gradient + at.image * geometry.in_pixels * geometry.in_channels;
-    for (int i = 0; i < count; ++i) {
-      corners[i] = LocateCorners(geometry, positions.low_y[i], positions.low_x[i], image, dump);
-    }
+    LocateCorners<Real>(geometry, positions, count, BytesBetween(image, dump), &offsets);
     for (const Run& run : plan.runs) {
       AddToCorners<kLanes<Real>>(column_gradients + run.column, WeightsAt(weights, run.position), 0,
-                                 run.count, At(corners[run.position], run.channel));
+                                 run.count, CornersAt(image, offsets, run));
     }
   }
 }
