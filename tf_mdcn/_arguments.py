@@ -72,13 +72,13 @@ def normalize_arguments(
         _refuse(op, 'data_format must be "channels_last" or "channels_first"', repr(data_format))
     padding, explicit_paddings = _normalize_padding(op, padding)
     return ConvolutionArguments(
-        strides=_normalize_pair(op, "strides", strides),
+        strides=normalize_pair(op, "strides", strides),
         padding=padding,
         explicit_paddings=explicit_paddings,
         data_format=data_format,
-        dilations=_normalize_pair(op, "dilations", dilations),
-        groups=_normalize_count(op, "groups", groups),
-        deformable_groups=_normalize_count(op, "deformable_groups", deformable_groups),
+        dilations=normalize_pair(op, "dilations", dilations),
+        groups=normalize_count(op, "groups", groups),
+        deformable_groups=normalize_count(op, "deformable_groups", deformable_groups),
     )
 
 
@@ -294,13 +294,13 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2
 
 
-def _normalize_count(op: str, name: str, value: Any) -> int:
+def normalize_count(op: str, name: str, value: Any) -> int:
     if not _is_integer(value, minimum=1):
         _refuse(op, f"{name} must be an integer between 1 and 2^31 - 1", repr(value))
     return int(value)
 
 
-def _normalize_pair(op: str, name: str, value: Any) -> tuple[int, int]:
+def normalize_pair(op: str, name: str, value: Any) -> tuple[int, int]:
     pair = value if _is_pair(value) else (value, value)
     if not all(_is_integer(size, minimum=1) for size in pair):
         rule = f"{name} must be an integer or 2 integers between 1 and 2^31 - 1"

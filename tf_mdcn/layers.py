@@ -5,14 +5,16 @@ Separate from ops.py, which knows nothing of Keras.
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tf_mdcn import ops
 from tf_mdcn._arguments import (
-    _normalize_count,
-    _normalize_pair,
+    normalize_count,
+    normalize_pair,
     check_shapes,
     normalize_arguments,
     output_size,
@@ -20,6 +22,7 @@ from tf_mdcn._arguments import (
 )
 
 _OP = "ModulatedDeformConv2D"
+_Pair = int | Sequence[int]
 
 
 @keras.saving.register_keras_serializable(package="tf_mdcn")
@@ -142,35 +145,35 @@ class ModulatedDeformConv2D(keras.layers.Layer):
 
     def __init__(
         self,
-        filters,
-        kernel_size,
-        strides=(1, 1),
-        padding="valid",
-        data_format=None,
-        dilation_rate=(1, 1),
-        groups=1,
-        deformable_groups=1,
-        activation=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        modulated=True,
-        mask_scale=1.0,
-        offset_kernel_initializer="zeros",
-        offset_bias_initializer="zeros",
-        offset_kernel_regularizer=None,
-        offset_bias_regularizer=None,
-        offset_kernel_constraint=None,
-        offset_bias_constraint=None,
-        offset_lr_multiplier=1.0,
-        max_offset=None,
-        **kwargs,
-    ):
+        filters: int,
+        kernel_size: _Pair,
+        strides: _Pair = (1, 1),
+        padding: str | _Pair | Sequence[Sequence[int]] = "valid",
+        data_format: str | None = None,
+        dilation_rate: _Pair = (1, 1),
+        groups: int = 1,
+        deformable_groups: int = 1,
+        activation: Any = None,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        modulated: bool = True,
+        mask_scale: float = 1.0,
+        offset_kernel_initializer: Any = "zeros",
+        offset_bias_initializer: Any = "zeros",
+        offset_kernel_regularizer: Any = None,
+        offset_bias_regularizer: Any = None,
+        offset_kernel_constraint: Any = None,
+        offset_bias_constraint: Any = None,
+        offset_lr_multiplier: float = 1.0,
+        max_offset: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
                 f"{_OP} needs Keras on the TensorFlow backend; received the backend "
@@ -178,9 +181,9 @@ class ModulatedDeformConv2D(keras.layers.Layer):
                 "KERAS_BACKEND=tensorflow before keras is imported."
             )
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
-        self.filters = _normalize_count(_OP, "filters", filters)
-        self.kernel_size = _normalize_pair(_OP, "kernel_size", kernel_size)
-        self.dilation_rate = _normalize_pair(_OP, "dilation_rate", dilation_rate)
+        self.filters = normalize_count(_OP, "filters", filters)
+        self.kernel_size = normalize_pair(_OP, "kernel_size", kernel_size)
+        self.dilation_rate = normalize_pair(_OP, "dilation_rate", dilation_rate)
         if data_format is None:
             data_format = keras.config.image_data_format()
         self.convolution_arguments = normalize_arguments(
@@ -230,15 +233,15 @@ class ModulatedDeformConv2D(keras.layers.Layer):
             )
 
     @property
-    def supports_jit(self):
+    def supports_jit(self) -> bool:
         """Whether XLA can compile the layer; Keras asks when `compile(jit_compile="auto")`."""
         return self._supports_jit and ops.supports_jit()
 
     @supports_jit.setter
-    def supports_jit(self, value):
+    def supports_jit(self, value: bool) -> None:
         self._supports_jit = value
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         inputs_shape, features_shape = _split(input_shape)
         self.compute_output_shape(input_shape)
         channel_axis = self._channel_axis
@@ -289,7 +292,7 @@ class ModulatedDeformConv2D(keras.layers.Layer):
             autocast=False,
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> tf.Tensor:
         inputs, features = _split(inputs)
         offset, mask = self._predict(features)
         outputs = ops.modulated_deform_conv2d(
@@ -307,7 +310,7 @@ class ModulatedDeformConv2D(keras.layers.Layer):
         )
         return self.activation(outputs)
 
-    def predict_offset_and_mask(self, inputs):
+    def predict_offset_and_mask(self, inputs: Any) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Predicts where and how strongly the layer samples, as it does when called.
 
         The layer is built if it was not yet.
@@ -341,7 +344,7 @@ class ModulatedDeformConv2D(keras.layers.Layer):
             )
         return self._predict(features)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         inputs_shape, features_shape = _split(input_shape)
         filters_shape = (*self.kernel_size, None, self.filters)
         offset_shape = tf.TensorShape(None)
@@ -353,7 +356,7 @@ class ModulatedDeformConv2D(keras.layers.Layer):
             return (inputs_shape[0], *out_size, self.filters)
         return (inputs_shape[0], self.filters, *out_size)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "filters": self.filters,
@@ -477,7 +480,7 @@ def _split(inputs):
 def _is_nested(inputs):
     """Whether this is a list of tensors or of shapes; a single shape is a list of sizes."""
     return isinstance(inputs, (list, tuple)) and not all(
-        size is None or isinstance(size, int) for size in inputs
+        size is None or isinstance(size, numbers.Integral) for size in inputs
     )
 
 

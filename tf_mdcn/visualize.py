@@ -147,12 +147,7 @@ def plot_sampling(
 
     Source: the figures of arXiv:1703.06211 and arXiv:1811.11168.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            "plot_sampling needs matplotlib; install it by: pip install 'tf_mdcn[plot]'"
-        ) from error
+    ax = _new_axes() if ax is None else ax
     x = np.asarray(inputs[0] if isinstance(inputs, (list, tuple)) else inputs)
     feature_map = _channels_last(layer, x)[sample]
     if image is None:
@@ -167,7 +162,6 @@ def plot_sampling(
         sampling_points(layer, inputs, each, sample=sample, deformable_group=deformable_group)
         for each in positions
     ]
-    ax = pyplot.subplots()[1] if ax is None else ax
     ax.imshow(image, cmap="gray")
     for grid, points, mask in drawn:
         grid, points = ((array + 0.5) * scale - 0.5 for array in (grid, points))
@@ -196,6 +190,16 @@ def plot_sampling(
     ax.set_xlim(lowest[1], highest[1])
     ax.set_ylim(highest[0], lowest[0])
     return ax
+
+
+def _new_axes() -> Axes:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "plot_sampling needs matplotlib; install it by: pip install 'tf_mdcn[plot]'"
+        ) from error
+    return pyplot.subplots()[1]
 
 
 def _channels_last(layer: ModulatedDeformConv2D, array: np.ndarray) -> np.ndarray:
