@@ -149,7 +149,7 @@ def rounding_bound(case: Case, expected: np.ndarray, dtype: Any) -> float:
         offset[..., 0].size, math.prod(case.filters.shape[:2]) * max(case.filters.shape[2:])
     )
     coordinate = max(_channels_last(case, case.inputs).shape[1:3])
-    norm = float(np.max(np.abs(expected), initial=0.0))
+    norm = float(np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected)))
     return 4 * norm * ((math.sqrt(terms) + coordinate) * computed + stored)
 
 
@@ -341,7 +341,9 @@ def _as_stored(case: Case, image: np.ndarray) -> np.ndarray:
 
 def _output_size(in_size, kernel_size, strides, padding, dilations) -> tuple[int, int]:
     if padding == "same":
-        return tuple(math.ceil(size / stride) for size, stride in zip(in_size, strides, strict=True))
+        return tuple(
+            math.ceil(size / stride) for size, stride in zip(in_size, strides, strict=True)
+        )
     paddings = ((0, 0), (0, 0)) if padding == "valid" else padding
     sizes = []
     for axis in range(2):

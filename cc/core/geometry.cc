@@ -10,20 +10,12 @@ namespace {
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
-std::string DimensionString(int64_t size) { return size == kUnknown ? "?" : std::to_string(size); }
-
-std::string ListString(const std::vector<int64_t>& sizes) {
+// "[2, -1, 8]".
+template <typename Values>
+std::string ListString(const Values& values) {
   std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (i > 0) text += ", ";
-    text += DimensionString(sizes[i]);
-  }
+  for (int64_t value : values) text += (text.size() > 1 ? ", " : "") + std::to_string(value);
   return text + "]";
-}
-
-template <size_t kCount>
-std::string ListString(const std::array<int64_t, kCount>& sizes) {
-  return ListString(std::vector<int64_t>(sizes.begin(), sizes.end()));
 }
 
 template <typename... Parts>
@@ -91,7 +83,7 @@ Status CheckAgrees(const std::string& op, const std::string& name, const std::st
   for (size_t i = 0; i < expected.size(); ++i) {
     const int64_t a = expected[i], b = (*received)[i];
     if (a != kUnknown && b != kUnknown && a != b) {
-      return Invalid(op, name, " must have shape ", rule, " = ", ListString(expected),
+      return Invalid(op, name, " must have shape ", rule, " = ", ShapeString(expected),
                      "; received ", ShapeString(received));
     }
   }
@@ -255,7 +247,14 @@ Status CheckSize(const std::string& op, const std::string& name,
 
 }  // namespace
 
-std::string ShapeString(const Shape& shape) { return shape ? ListString(*shape) : "unknown"; }
+std::string ShapeString(const Shape& shape) {
+  if (!shape) return "unknown";
+  std::string text = "[";
+  for (int64_t size : *shape) {
+    text += (text.size() > 1 ? ", " : "") + (size == kUnknown ? "?" : std::to_string(size));
+  }
+  return text + "]";
+}
 
 Status CheckAttributes(const std::string& op, const Attributes& attributes) {
   const auto check_pair = [&](const char* name, const std::array<int64_t, 2>& pair) -> Status {
@@ -299,9 +298,11 @@ Status MakeGeometry(const std::string& op, const Attributes& attributes, const T
                     Geometry* geometry) {
   // Sizes first: the products that inference forms must not overflow.
   const auto check_known = [&](const char* name, const Shape& shape) -> Status {
-    if (!shape || std::count(shape->begin(), shape->end(), kUnknown) > 0) {
-      return Status::Internal(op + ": the shape of " + name + " must be known; received " +
-                              ShapeString(shape));
+    if (!shape) return Status::Internal(op + ": the shape of " + name + " must be known");
+    for (int64_t size : *shape) {
+      if (size == kUnknown) {
+        return Invalid(op, name, " must have no negative dimension; received ", ListString(*shape));
+      }
     }
     return CheckSize(op, name, *shape);
   };

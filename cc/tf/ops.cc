@@ -56,6 +56,9 @@ absl::Status ForwardShape(InferenceContext* context) {
 
 // A gradient has its tensor's shape.
 absl::Status InputGradientShape(InferenceContext* context) {
+  std::vector<ShapeHandle> masks;
+  TF_RETURN_IF_ERROR(context->input("mask", &masks));
+  TF_RETURN_IF_ERROR(CheckOptional(kInputGradientName, "mask", masks.size()));
   for (int i = 0; i < context->num_outputs(); ++i) {
     constexpr int kInputs[] = {0, 2, 3};  // inputs, offset, mask
     context->set_output(i, context->input(kInputs[i]));
@@ -64,6 +67,8 @@ absl::Status InputGradientShape(InferenceContext* context) {
 }
 
 absl::Status FilterGradientShape(InferenceContext* context) {
+  TF_RETURN_IF_ERROR(
+      CheckOptional(kFilterGradientName, "bias_backprop", context->num_outputs() - 1));
   ShapeHandle filters;
   TF_RETURN_IF_ERROR(context->MakeShapeFromShapeTensor(1, &filters));
   TF_RETURN_IF_ERROR(context->WithRank(filters, 4, &filters));

@@ -364,10 +364,16 @@ void InputGradient<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool,
       const int64_t image = first_image + job / owners;
       const int64_t first = std::max(band, image * geometry_.out_pixels);
       const int64_t end = std::min(band_end, (image + 1) * geometry_.out_pixels);
-      for (const SamplingPlan& plan : scatter_plans_[job % owners]) {
-        kernels_.scatter(
-            geometry_, sampled, plan, {first, end - first}, dump_.In(workspace, worker),
-            column_gradients + (first - band) * column_stride_, column_stride_, input_gradient);
+      // All plans of a pixel before the next pixel: the order of an element's sum must not follow
+      // the band.
+      const std::vector<SamplingPlan>& plans = scatter_plans_[job % owners];
+      const int64_t step = plans.size() > 1 ? 1 : end - first;
+      for (int64_t pixel = first; pixel < end; pixel += step) {
+        for (const SamplingPlan& plan : plans) {
+          kernels_.scatter(geometry_, sampled, plan, {pixel, step}, dump_.In(workspace, worker),
+                           column_gradients + (pixel - band) * column_stride_, column_stride_,
+                           input_gradient);
+        }
       }
     });
   }
