@@ -7,6 +7,7 @@ version (and package) that the libraries were built with.
 import importlib.metadata
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,11 +34,12 @@ def _tensorflow_requirement() -> str:
 
 
 def _compiler() -> str:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    """The command of the C++ compiler, arguments and a launcher such as ccache included."""
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(shlex.split(compiler)[0]) is None:
         raise SetupError(
-            f"tf_mdcn: a C++17 compiler is needed to build the native op; {compiler} was not found. "
-            "Install g++ 9 or newer, or set CXX"
+            f"tf_mdcn: a C++17 compiler is needed to build the native op; {compiler} was not "
+            "found. Install g++ 9 or newer, or set CXX"
         )
     return compiler
 
@@ -46,6 +48,8 @@ class CMakeBuild(build_ext):
     """Runs CMake instead of compiling extension by extension."""
 
     def run(self) -> None:
+        compiler = _compiler()
+        import pybind11
         import tensorflow as tf
 
         output_dir = pathlib.Path(self.get_ext_fullpath("tf_mdcn._core")).parent.resolve()
@@ -56,36 +60,35 @@ class CMakeBuild(build_ext):
             for flag in tf.sysconfig.get_compile_flags()
             if flag != f"-I{include_dir}" and not flag.startswith("--std=")
         ]
+        # Paths of tools are given at every run: pip's build environment is gone at the next one.
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_CXX_COMPILER": _compiler(),
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
             "TF_MDCN_OUTPUT_DIR": output_dir,
             "TF_MDCN_TF_VERSION": tf.__version__,
             "TF_MDCN_TF_INCLUDE_DIR": include_dir,
             "TF_MDCN_TF_COMPILE_FLAGS": ";".join(compile_flags),
             "TF_MDCN_TF_LINK_FLAGS": ";".join(tf.sysconfig.get_link_flags()),
+            "TF_MDCN_XLA": os.environ.get("TF_MDCN_XLA", "1"),
         }
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        environment = {**os.environ, "pybind11_ROOT": self._pybind11_dir()}
-        subprocess.run(
+        commands = (
             ["cmake", "-S", _ROOT / "cc", "-B", build_dir, "-G", "Ninja", *definitions],
-            check=True,
-            env=environment,
+            ["cmake", "--build", build_dir],
         )
-        subprocess.run(["cmake", "--build", build_dir], check=True)
-
-    @staticmethod
-    def _pybind11_dir() -> str:
-        import pybind11
-
-        return pybind11.get_cmake_dir()
+        for command in commands:
+            try:
+                subprocess.run(command, check=True, env={**os.environ, "CXX": compiler})
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise SetupError(f"tf_mdcn: the native build failed: {error}") from error
 
     def get_outputs(self) -> list[str]:
         return []
 
     def copy_extensions_to_source(self) -> None:
-        """Nothing: `get_ext_fullpath` already points there in an editable installation."""
+        """Nothing: in an editable installation CMake has written there."""
 
 
 class NativeDistribution(Distribution):

@@ -17,7 +17,8 @@ def build_info() -> dict[str, Any]:
         `python`, `machine`, `compiler`, `cpu_instruction_sets` (compiled in and run by this
         machine, best first), `cpu_instruction_set` (the chosen one; the environment variable
         `TF_MDCN_CPU_ISA` forces another), `cuda` (the CUDA version of the kernels, or `None`),
-        `cuda_architectures` and `xla` (whether XLA compiles the native op).
+        `cuda_architectures`, `xla` (whether XLA compiles the native op, on CPUs) and `xla_error`
+        (why it does not, or `None`).
 
     Raises:
         ImportError: If the native module cannot be loaded.
@@ -45,5 +46,6 @@ def build_info() -> dict[str, Any]:
         "cpu_instruction_set": core.chosen_instruction_set(),
         "cuda": information["cuda"],
         "cuda_architectures": information["cuda_architectures"],
-        "xla": False,
+        "xla": _library.xla_error() is None,
+        "xla_error": _library.xla_error(),
     }

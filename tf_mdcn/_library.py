@@ -10,6 +10,7 @@ import pathlib
 import tensorflow as tf
 
 _OP_LIBRARY = "libtf_mdcn_ops.so"
+_XLA_LIBRARY = "libtf_mdcn_xla.so"
 
 
 def op_library_path() -> str:
@@ -47,6 +48,26 @@ def load():
         return tf.load_op_library(path)
     except (tf.errors.OpError, OSError) as error:
         raise ImportError(_not_loaded(str(error))) from error
+
+
+@functools.cache
+def xla_error() -> str | None:
+    """Loads the library that compiles the ops under XLA, once. Everything else works without it.
+
+    Returns:
+        `None` when it is loaded, or why it is not.
+    """
+    path = pathlib.Path(__file__).resolve().parent / _XLA_LIBRARY
+    if not path.is_file():
+        return (
+            f"{_XLA_LIBRARY} was not built: TF_MDCN_XLA was 0, or the headers of the TensorFlow it "
+            "was built with are incomplete, as those of 2.19 are"
+        )
+    try:
+        tf.load_library(str(path))
+    except (tf.errors.OpError, OSError) as error:
+        return str(error)
+    return None
 
 
 def core():

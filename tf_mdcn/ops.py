@@ -25,6 +25,7 @@ _ATTRIBUTES = (
     "deformable_groups",
 )
 _native = _library.load()
+_xla_error = _library.xla_error()
 _implementation = contextvars.ContextVar("tf_mdcn_implementation", default="native")
 
 
@@ -64,8 +65,14 @@ def current_implementation() -> str:
 
 
 def supports_jit() -> bool:
-    """Whether XLA can compile the implementation in use here."""
-    return current_implementation() == "portable"
+    """Whether XLA can compile the implementation in use here, for every device in sight.
+
+    The native op has a handler for CPUs alone. Elsewhere it runs without XLA.
+    """
+    if current_implementation() == "portable":
+        return True
+    devices = {device.device_type for device in tf.config.get_visible_devices()}
+    return _xla_error is None and devices == {"CPU"}
 
 
 def modulated_deform_conv2d(
