@@ -1,0 +1,173 @@
+"""The command line: report, self-check and export, and that they fail when they should."""
+
+import doctest
+import importlib
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from export_model import make_model
+
+from tf_mdcn import ModulatedDeformConv2D, __main__, build_info
+from tf_mdcn.export import _check
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.keras"
+    make_model(None, None).save(path)
+    return str(path)
+
+
+def test_report_and_self_check_pass(capsys):
+    assert __main__.main([]) == 0
+    printed = capsys.readouterr().out
+    for name, value in build_info().items():
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"{name} "))
+        assert str(value) in line or isinstance(value, list)
+    assert "op on /device:CPU:0" in printed
+    assert ("op under XLA" in printed) == build_info()["xla"]
+    for instruction_set in build_info()["cpu_instruction_sets"]:
+        assert f"core, {instruction_set} " in printed
+    assert printed.splitlines()[-1] == "The self-check passed."
+
+
+@pytest.mark.parametrize("broken", range(6))
+def test_self_check_finds_what_is_wrong(capsys, monkeypatch, broken):
+    """Each result in turn is off, in one type and one implementation."""
+    right = __main__._core_with
+
+    def wrong(instruction_set):
+        def run(tensors):
+            results = [np.array(x) for x in right(instruction_set)(tensors)]
+            if instruction_set == "baseline" and tensors[0].dtype == tf.float32:
+                results[broken].flat[-1] += 1e-4 * np.max(np.abs(results[broken]))
+            return results
+
+        return run
+
+    monkeypatch.setattr(__main__, "_core_with", wrong)
+    assert __main__.main([]) == 1
+    failures = capsys.readouterr().out.split("FAILED\n")[1].splitlines()
+    name = __main__._RESULTS[broken]
+    assert len(failures) == 1
+    assert failures[0].startswith(f"core, baseline, float32: {name} is off by 1.0e-04")
+
+
+def test_self_check_finds_nan(capsys, monkeypatch):
+    def broken(instruction_set):
+        def run(tensors):
+            return [np.full(x.shape, np.nan) for x in [tensors[5], *tensors[:5]]]
+
+        return run
+
+    monkeypatch.setattr(__main__, "_core_with", broken)
+    assert __main__.main([]) == 1
+    assert "output is off by nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("road", "options"),
+    [
+        ("saved_model", []),
+        ("portable", []),
+        ("onnx", ["--opset", "22"]),
+        ("tflite", ["--input-shape", "1,33,41,4"]),
+        ("tflite", ["--input-shape", "1,33,41,4", "--weights", "float16"]),
+    ],
+)
+def test_export(model_file, tmp_path, capsys, road, options):
+    path = str(tmp_path / "exported")
+    assert __main__.main(["export", model_file, "--to", road, path, *options]) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith(f"{path}: {road} of {model_file}; largest difference ")
+    assert printed.endswith(": ok")
+    difference = float(printed.split("largest difference ")[1].split()[0])
+    assert difference < (5e-3 if "float16" in options else 2e-5)
+
+
+def test_export_that_differs_fails(model_file, tmp_path, capsys, monkeypatch):
+    wrong = {"logits": np.zeros((2, 5)), "features": np.full(3, np.nan)}
+    monkeypatch.setitem(_check._RUNTIMES, "saved_model", lambda path: ({}, lambda inputs: wrong))
+    path = str(tmp_path / "exported")
+    assert __main__.main(["export", model_file, "--to", "saved_model", path]) == 1
+    assert capsys.readouterr().out.strip().endswith("FAILED")
+
+
+@pytest.mark.parametrize(("tolerance", "status"), [("0.4", 1), ("0.6", 0)])
+def test_tolerance_is_the_users(model_file, tmp_path, capsys, monkeypatch, tolerance, status):
+    monkeypatch.setattr(_check, "largest_difference", lambda *_, **__: 0.5)
+    arguments = ["export", model_file, "--to", "saved_model", str(tmp_path / "exported")]
+    assert __main__.main([*arguments, "--tolerance", tolerance]) == status
+    assert (
+        f"difference 0.5 of the largest output (tolerance {tolerance})" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "tflite", "--opset", "19"], "--opset goes with --to onnx"),
+        (["--to", "onnx", "--weights", "int8"], "--weights goes with --to tflite"),
+        (["--to", "torch"], "invalid choice: 'torch'"),
+        (["--to", "onnx", "--input-shape", "a,b"], "invalid _shape value: 'a,b'"),
+    ],
+)
+def test_options_that_do_not_fit(model_file, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_:
+        __main__.main(["export", model_file, "path", *options])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_input_shape_is_for_every_input(model_file):
+    shapes = ["--input-shape", "1,8,8,4"] * 2
+    with pytest.raises(SystemExit, match=r"--input-shape must be given once.*= 1; received 2"):
+        __main__.main(["export", model_file, "path", "--to", "onnx", *shapes])
+
+
+def test_difference_is_relative_to_each_output():
+    assert _check._difference([1.0, -8.0], [1.0, -10.0]) == pytest.approx(0.2)
+    assert _check._difference([0.0], [0.0]) == 0
+    assert _check._difference([1.0], [0.0]) == np.inf
+    assert np.isnan(_check._difference([np.nan], [1.0]))
+    assert _check._difference([1.0, 2.0], [1.0]) == np.inf
+
+
+def test_integer_inputs_are_checked_too(tmp_path):
+    image = keras.Input((9, 9, 3), dtype="uint8", name="image")
+    outputs = ModulatedDeformConv2D(4, 3)(keras.layers.Rescaling(1 / 255)(image))
+    path = tmp_path / "model.keras"
+    keras.Model(image, outputs).save(path)
+    exported = str(tmp_path / "exported")
+    assert __main__.main(["export", str(path), "--to", "saved_model", exported]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convert._surgery",
+        "convert._torchvision",
+        "export._onnx",
+        "export._saved_model",
+        "export._tflite",
+    ],
+)
+def test_examples_in_docstrings(name):
+    results = doctest.testmod(importlib.import_module(f"tf_mdcn.{name}"))
+    assert results.attempted > 0 and results.failed == 0
+
+
+def test_as_a_command():
+    """In a process of its own, as users run it, with another instruction set chosen."""
+    command = [sys.executable, "-m", "tf_mdcn"]
+    environment = {**os.environ, "TF_MDCN_CPU_ISA": "baseline"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert f"{'cpu_instruction_set':24}baseline\n" in process.stdout
+    assert process.stdout.endswith("The self-check passed.\n")
