@@ -7,6 +7,7 @@ the native kernels with the portable implementation, in which they share no code
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import ml_dtypes
@@ -24,7 +25,7 @@ _EXPORT_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "int8": 5e-2}
 
 _TYPES = (tf.float64, tf.float32, tf.bfloat16, tf.float16)
 _RESULTS = ("output", "inputs", "filters", "offset", "mask", "bias")  # the output, and gradients
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Any] = {
     "strides": (2, 1),
     "padding": ((1, 0), (2, 1)),
     "dilations": (2, 1),
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     model = keras.saving.load_model(options.model, compile=False)
-    keywords = {"input_signature": _signature(model, options.input_shape)}
+    keywords: dict[str, Any] = {"input_signature": _signature(model, options.input_shape)}
     weights = options.weights or "float32"
     if options.to == "onnx":
         onnx(model, options.path, opset=options.opset or 19, **keywords)

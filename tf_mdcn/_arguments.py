@@ -158,8 +158,9 @@ def check_shapes(
         if shape is None:
             return None, None, None, None
         if arguments.data_format == "channels_last":
-            return tuple(shape)
-        batch, channels, height, width = shape
+            batch, height, width, channels = shape
+        else:
+            batch, channels, height, width = shape
         return batch, height, width, channels
 
     groups, deformable_groups = arguments.groups, arguments.deformable_groups
@@ -287,7 +288,7 @@ def _refuse(op: str, rule: str, received: str, error: type[Exception] = ValueErr
 def _is_integer(value: Any, minimum: int) -> bool:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return False
-    return minimum <= value <= _MAX_INT32
+    return minimum <= int(value) <= _MAX_INT32
 
 
 def _is_pair(value: Any) -> bool:

@@ -25,7 +25,9 @@ def op_library_path() -> str:
     """
     path = pathlib.Path(__file__).resolve().parent / _OP_LIBRARY
     if not path.is_file():
-        raise ImportError(_not_loaded(f"{_OP_LIBRARY} is missing from {path.parent}."))
+        raise ImportError(
+            _not_loaded(f"{_OP_LIBRARY} is missing from {path.parent}.", _built_with())
+        )
     return str(path)
 
 
@@ -40,14 +42,14 @@ def load():
         ImportError: If the library was built for another minor version of TensorFlow, is missing,
             or cannot be loaded. It names both versions and the command that mends it.
     """
-    built_with = core().build_information()["tensorflow"]
+    built_with = _built_with()
     if _minor_version(built_with) != _minor_version(tf.__version__):
-        raise ImportError(_not_loaded("The two minor versions must be the same."))
+        raise ImportError(_not_loaded("The two minor versions must be the same.", built_with))
     path = op_library_path()
     try:
         return tf.load_op_library(path)
     except (tf.errors.OpError, OSError) as error:
-        raise ImportError(_not_loaded(str(error))) from error
+        raise ImportError(_not_loaded(str(error), built_with)) from error
 
 
 @functools.cache
@@ -83,18 +85,20 @@ def core():
     return _core
 
 
+def _built_with() -> str:
+    return core().build_information()["tensorflow"]
+
+
 def _minor_version(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _not_loaded(why: str, built_with: str | None = "") -> str:
-    if built_with == "":
-        built_with = core().build_information()["tensorflow"]
+def _not_loaded(why: str, built_with: str | None) -> str:
     built = f"was built with TensorFlow {built_with}" if built_with else "is not built"
     minor = ".".join(_minor_version(built_with or tf.__version__))
     return (
         f"tf_mdcn: the native library cannot be loaded: it {built}, and TensorFlow "
-        f"{tf.__version__} is running. {why} To build it for the running version, in the sources of "
-        "tf_mdcn: pip install --no-build-isolation --no-deps --force-reinstall . ; to get the "
+        f"{tf.__version__} is running. {why} To build it for the running version, in the sources "
+        "of tf_mdcn: pip install --no-build-isolation --no-deps --force-reinstall . ; to get the "
         f'version it was built with: pip install "tensorflow=={minor}.*"'
     )

@@ -13,10 +13,10 @@ import tensorflow as tf
 
 from tf_mdcn import ops
 from tf_mdcn._arguments import (
-    normalize_count,
-    normalize_pair,
     check_shapes,
     normalize_arguments,
+    normalize_count,
+    normalize_pair,
     output_size,
     padding_amounts,
 )
@@ -196,11 +196,10 @@ class ModulatedDeformConv2D(keras.layers.Layer):
             deformable_groups=deformable_groups,
         )
         self.strides = self.convolution_arguments.strides
-        if self.convolution_arguments.padding == "EXPLICIT":
+        self.padding: str | tuple = self.convolution_arguments.padding.lower()
+        if self.padding == "explicit":
             top, bottom, left, right = self.convolution_arguments.explicit_paddings
             self.padding = ((top, bottom), (left, right))
-        else:
-            self.padding = self.convolution_arguments.padding.lower()
         self.data_format = self.convolution_arguments.data_format
         self.groups = self.convolution_arguments.groups
         self.deformable_groups = self.convolution_arguments.deformable_groups

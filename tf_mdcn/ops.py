@@ -101,8 +101,8 @@ def modulated_deform_conv2d(
     offsets are outside the image.
 
     Below, `K = kernel_height * kernel_width` and `G = deformable_groups`; shapes are for
-    `channels_last`, and `channels_first` moves the channel axis of inputs, offset, mask and output to
-    1.
+    `channels_last`, and `channels_first` moves the channel axis of inputs, offset, mask and output
+    to 1.
 
     Args:
         inputs: Tensor `[batch, in_height, in_width, in_channels]` of float32, float64, float16 or
@@ -247,8 +247,8 @@ def _public_arguments(op) -> dict[str, Any]:
     }
 
 
-# Second derivatives have no kernels of their own: the gradient ops are differentiated as their twins in
-# standard ops, at the speed and memory of those.
+# Second derivatives have no kernels of their own: the gradient ops are differentiated as their
+# twins in standard ops, at the speed and memory of those.
 
 
 @tf.RegisterGradient("Mdcn>ModulatedDeformConv2DBackpropInput")

@@ -61,6 +61,11 @@ def modulated_deform_conv2d(
     derivative for the offset is the right-hand one. A NaN offset makes the outputs that use it
     NaN; an infinite one samples outside the image, which is 0.
 
+    Beside a padded copy of the input, the forward pass needs a few tens of megabytes however large
+    the input is; its first gradients need about 8 times the input. Converting to TFLite needs a
+    known height and width. Sizes that are unknown when a function is traced must leave
+    `batch * height * width * deformable_groups`, of the padded input, below 2^31.
+
     Args:
         inputs: Tensor `[batch, in_height, in_width, in_channels]`, float16, bfloat16, float32 or
             float64. Positions and sums are computed in float32 at least.

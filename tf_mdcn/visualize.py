@@ -84,7 +84,7 @@ def sampling_points(
         index * stride - before
         for index, stride, (before, _) in zip((row, column), layer.strides, paddings, strict=True)
     ]
-    taps = np.stack(np.indices(kernel_size), axis=-1).reshape(-1, 2)
+    taps = np.moveaxis(np.indices(kernel_size), 0, -1).reshape(-1, 2)
     grid = (start + taps * layer.dilation_rate).astype(offset.dtype)
     displacement = offset[0, row, column].reshape(layer.deformable_groups, -1, 2)[group]
     if mask is None:
@@ -157,7 +157,7 @@ def plot_sampling(
     image = np.asarray(image)
     scale = np.divide(image.shape[:2], feature_map.shape[:2])
 
-    positions = [position] if np.ndim(position) == 1 else list(position)
+    positions: list[Any] = [position] if np.ndim(position) == 1 else list(position)
     drawn = [
         sampling_points(layer, inputs, each, sample=sample, deformable_group=deformable_group)
         for each in positions

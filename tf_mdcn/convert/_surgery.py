@@ -101,7 +101,7 @@ def replace_conv2d(
         )
     for layer, new in replaced:
         new.kernel.assign(layer.kernel)
-        if layer.use_bias:
+        if new.bias is not None:
             new.bias.assign(layer.bias)
     for layer, new in copied:
         new.set_weights(layer.get_weights())
