@@ -6,12 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
-import sys
 
 import numpy as np
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from oracle import Case
 
 

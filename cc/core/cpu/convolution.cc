@@ -93,17 +93,25 @@ void NarrowAll(const ConvolutionKernels<T, TOffset>& kernels, const ComputeType<
   });
 }
 
-// Packs `count` matrices, panel by panel. view(i) is the i-th matrix, packed(i) where it goes.
+// Packs `count` matrices. view(i) is the i-th; jobs follow its contiguous dimension.
 template <typename T, typename TOffset, typename View>
 void PackAll(const ConvolutionKernels<T, TOffset>& kernels, int64_t count, int64_t depth,
              int64_t columns, WorkerPool& pool, const View& view, ComputeType<T>* packed) {
   const int64_t panels = CeilDivide(columns, kernels.panel_columns);
-  pool.RunJobs(count * panels, [&](int64_t job, int) {
-    const int64_t first = job % panels * kernels.panel_columns;
-    MatrixView<T> matrix = view(job / panels);
-    matrix.data += first * matrix.column_stride;
-    kernels.pack(matrix, depth, std::min<int64_t>(kernels.panel_columns, columns - first),
-                 packed + job * depth * kernels.panel_columns);
+  const bool along_rows = view(0).column_stride == 1;
+  const int64_t job_depth = along_rows ? 64 : depth;
+  const int64_t job_columns = along_rows ? columns : kernels.panel_columns;
+  const int64_t depth_jobs = CeilDivide(depth, job_depth);
+  const int64_t jobs = depth_jobs * CeilDivide(columns, job_columns);
+  pool.RunJobs(count * jobs, [&](int64_t job, int) {
+    const int64_t begin = job % depth_jobs * job_depth;
+    const int64_t first = job % jobs / depth_jobs * job_columns;
+    MatrixView<T> matrix = view(job / jobs);
+    matrix.data += begin * matrix.depth_stride + first * matrix.column_stride;
+    kernels.pack(matrix, std::min(job_depth, depth - begin), std::min(job_columns, columns - first),
+                 depth,
+                 packed + job / jobs * panels * depth * kernels.panel_columns + first * depth +
+                     begin * kernels.panel_columns);
   });
 }
 
@@ -463,7 +471,7 @@ void FilterGradient<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool,
           if (piece.group != packed_group) {
             kernels_.pack(
                 {output_gradient + first * filters + piece.group * group_filters, filters, 1},
-                range.count, group_filters, packed);
+                range.count, group_filters, range.count, packed);
             packed_group = piece.group;
           }
           kernels_.add_transposed_product(

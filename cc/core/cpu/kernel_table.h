@@ -41,9 +41,10 @@ struct ConvolutionKernels {
   int row_block;      // rows that the product computes at a time
   int vector_length;  // elements of Real
 
-  // Packs columns [0, columns) of a matrix into panels [panel][depth][panel_columns], the last one
-  // filled up with zeros.
-  void (*pack)(const MatrixView<T>& matrix, int64_t depth, int64_t columns, Real* panels);
+  // Packs depths [0, depth) of columns [0, columns) of a matrix into panels
+  // [panel][panel_depth][panel_columns], the last one filled up with zeros.
+  void (*pack)(const MatrixView<T>& matrix, int64_t depth, int64_t columns, int64_t panel_depth,
+               Real* panels);
 
   // c[row][column] (+)= sum over depth of a[row][depth] * b[depth][column]. Columns of c are
   // written in whole vectors. `panel_depth` is the depth with which b was packed.

@@ -24,24 +24,32 @@ template <typename Real>
 constexpr int64_t kDepthBlock = 16 * 1024 / (kPanelColumns<Real> * sizeof(Real));
 
 template <typename T>
-void Pack(const MatrixView<T>& matrix, int64_t depth, int64_t columns, ComputeType<T>* panels) {
+void Pack(const MatrixView<T>& matrix, int64_t depth, int64_t columns, int64_t panel_depth,
+          ComputeType<T>* panels) {
   using Real = ComputeType<T>;
   constexpr int kColumns = kPanelColumns<Real>;
-  for (int64_t first = 0; first < columns; first += kColumns) {
+  const int64_t panel_stride = panel_depth * kColumns;
+  const int64_t whole = columns / kColumns * kColumns;
+  // Along the rows where they are contiguous: panel by panel, large filters took a page of the
+  // memory for every other row, and half as long again.
+  const int64_t along_rows = matrix.column_stride == 1 ? whole : 0;
+  for (int64_t d = 0; d < depth; ++d) {
+    const T* from = matrix.data + d * matrix.depth_stride;
+    Real* to = panels + d * kColumns;
+    for (int64_t i = 0; i < along_rows; i += kColumns, from += kColumns, to += panel_stride) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        constexpr int kCount = kLanes<Real>;
+        Store<kCount>(Load<kCount>(from + v * kCount), to + v * kCount);
+      }
+    }
+  }
+  for (int64_t first = along_rows; first < columns; first += kColumns) {
     const int64_t count = columns - first < kColumns ? columns - first : kColumns;
     const T* from = matrix.data + first * matrix.column_stride;
-    if (matrix.column_stride == 1 && count == kColumns) {
-      for (int64_t d = 0; d < depth; ++d, from += matrix.depth_stride, panels += kColumns) {
-        for (int v = 0; v < kPanelVectors; ++v) {
-          constexpr int kCount = kLanes<Real>;
-          Store<kCount>(Load<kCount>(from + v * kCount), panels + v * kCount);
-        }
-      }
-      continue;
-    }
-    for (int64_t d = 0; d < depth; ++d, from += matrix.depth_stride, panels += kColumns) {
-      for (int64_t i = 0; i < count; ++i) panels[i] = Load<1>(from + i * matrix.column_stride);
-      for (int64_t i = count; i < kColumns; ++i) panels[i] = 0;
+    Real* to = panels + first / kColumns * panel_stride;
+    for (int64_t d = 0; d < depth; ++d, from += matrix.depth_stride, to += kColumns) {
+      for (int64_t i = 0; i < count; ++i) to[i] = Load<1>(from + i * matrix.column_stride);
+      for (int64_t i = count; i < kColumns; ++i) to[i] = 0;
     }
   }
 }
