@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -31,7 +32,7 @@ _PAD_BEFORE, _PAD_AFTER = 2, 1
 _OUTSIDE = -2
 
 # A size: an integer, or a scalar tensor where the shape is known at run time only.
-_Size = int | tf.Tensor
+_Size = Any
 
 
 def modulated_deform_conv2d(
