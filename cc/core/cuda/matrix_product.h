@@ -1,0 +1,53 @@
+// The matrix product that the convolution needs and does not contain: TensorFlow's BLAS in
+// cc/tf/kernels_gpu.cc, a plain loop in the emulated tests.
+#ifndef MDCN_CORE_CUDA_MATRIX_PRODUCT_H_
+#define MDCN_CORE_CUDA_MATRIX_PRODUCT_H_
+
+#include <cstdint>
+
+#include "core/status.h"
+
+namespace mdcn::cuda {
+
+// A batch of row-major matrices in device memory. Element (i, j) of matrix b is
+// data[b * batch_step + i * row_step + j], after which `transposed` swaps rows and columns.
+template <typename T>
+struct MatrixBatch {
+  T* data;
+  int64_t row_step;
+  int64_t batch_step;  // may be 0 in a factor: the same matrix for all
+  bool transposed = false;
+};
+
+// result[b] = left[b] * right[b], or result[b] += left[b] * right[b] if `accumulate`, for b in
+// [0, batch), where result[b] is rows x columns, left[b] rows x depth and right[b] depth x columns
+// (after transposition). The result is never transposed, its matrices never overlap, and no size is
+// 0. Elements are summed in ComputeType<T> at least.
+//
+// A column-major BLAS sees every matrix transposed, so it is asked for result^T = right^T * left^T:
+//   gemm_strided_batched(transa = right.transposed, transb = left.transposed,
+//                        m = columns, n = rows, k = depth, alpha = 1,
+//                        a = right.data, lda = right.row_step, stride_a = right.batch_step,
+//                        b = left.data, ldb = left.row_step, stride_b = left.batch_step,
+//                        beta = accumulate, c = result.data, ldc = result.row_step,
+//                        stride_c = result.batch_step, batch)
+template <typename T>
+struct MatrixProductCall {
+  int64_t batch;
+  int64_t rows, columns, depth;
+  MatrixBatch<const T> left, right;
+  MatrixBatch<T> result;
+  bool accumulate;
+};
+
+// Enqueues products on the stream that the kernels run on.
+template <typename T>
+class MatrixProduct {
+ public:
+  virtual ~MatrixProduct() = default;
+  virtual Status Multiply(const MatrixProductCall<T>& call) = 0;
+};
+
+}  // namespace mdcn::cuda
+
+#endif  // MDCN_CORE_CUDA_MATRIX_PRODUCT_H_
