@@ -72,6 +72,8 @@ class CMakeBuild(build_ext):
             "TF_MDCN_TF_COMPILE_FLAGS": ";".join(compile_flags),
             "TF_MDCN_TF_LINK_FLAGS": ";".join(tf.sysconfig.get_link_flags()),
             "TF_MDCN_XLA": os.environ.get("TF_MDCN_XLA", "1"),
+            "TF_MDCN_CUDA": os.environ.get("TF_MDCN_CUDA", "0"),
+            "TF_MDCN_CUDA_ARCHS": os.environ.get("TF_MDCN_CUDA_ARCHS", ""),
         }
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         commands = (

@@ -293,8 +293,13 @@ py::dict BuildInformation() {
   py::dict information;
   information["tensorflow"] = TF_MDCN_TF_VERSION;
   information["compiler"] = TF_MDCN_COMPILER;
+#if defined(TF_MDCN_CUDA_VERSION)
+  information["cuda"] = TF_MDCN_CUDA_VERSION;
+  information["cuda_architectures"] = py::str(TF_MDCN_CUDA_ARCHS).attr("split")(",");
+#else
   information["cuda"] = py::none();
   information["cuda_architectures"] = py::list();
+#endif
   return information;
 }
 

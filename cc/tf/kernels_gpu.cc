@@ -1,0 +1,224 @@
+// The OpKernels for the GPU: inputs validated and workspace allocated as on the CPU, then the
+// core's CUDA driver on the op's stream, with TensorFlow's own BLAS for the matrix products.
+// Compiled by the C++ compiler; nvcc never sees TensorFlow.
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <type_traits>
+
+#include "absl/status/status.h"
+#include "core/cuda/convolution.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/kernels/numeric_options_utils.h"
+#include "tensorflow/core/util/determinism.h"
+#include "tf/op_inputs.h"
+#include "xla/stream_executor/blas.h"
+#include "xla/stream_executor/device_memory.h"
+#include "xla/stream_executor/stream.h"
+#include "xla/stream_executor/stream_executor.h"
+
+namespace mdcn {
+namespace {
+
+namespace se = ::stream_executor;
+
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::OpOutputList;
+using ::tensorflow::Tensor;
+
+// BLAS on the op's stream; TensorFlow's settings decide on TensorFloat-32 and determinism.
+template <typename T>
+class BlasProduct : public cuda::MatrixProduct<CoreType<T>> {
+ public:
+  explicit BlasProduct(se::Stream* stream) : stream_(stream) {}
+
+  Status Multiply(const cuda::MatrixProductCall<CoreType<T>>& call) override {
+    se::blas::BlasSupport* const blas = stream_->parent()->AsBlas();
+    if (blas == nullptr) return Status::Internal("ModulatedDeformConv2D: the GPU has no BLAS");
+    const int64_t largest =
+        std::max({call.batch, call.rows, call.columns, call.depth, call.left.row_step,
+                  call.right.row_step, call.result.row_step});
+    if (largest > std::numeric_limits<int>::max()) {
+      return Status::InvalidArgument(
+          "ModulatedDeformConv2D: on a GPU, images must have at most 2^31 - 1 pixels and filters "
+          "as many rows; received a matrix product with a size of " +
+          std::to_string(largest));
+    }
+    // Row-major matrices, as column-major BLAS is asked for them in matrix_product.h.
+    const auto left = Address(call.left.data), right = Address(call.right.data);
+    auto result = Address(call.result.data);
+    const Scale one = Scale(1), beta = Scale(call.accumulate ? 1 : 0);
+    const int lda = static_cast<int>(call.right.row_step);
+    const int ldb = static_cast<int>(call.left.row_step);
+    const int ldc = static_cast<int>(call.result.row_step);
+    const auto options = ::tensorflow::GetNumericOptions();
+    constexpr auto kContext = se::blas::CallContext::kNone;
+    const absl::Status status =
+        call.batch == 1 ? blas->BlasGemm(stream_, Transpose(call.right), Transpose(call.left),
+                                         call.columns, call.rows, call.depth, one, right, lda, left,
+                                         ldb, beta, &result, ldc, options, kContext)
+                        : blas->BlasGemmStridedBatched(
+                              stream_, Transpose(call.right), Transpose(call.left), call.columns,
+                              call.rows, call.depth, one, right, lda, call.right.batch_step, left,
+                              ldb, call.left.batch_step, beta, &result, ldc, call.result.batch_step,
+                              static_cast<int>(call.batch), options, kContext);
+    return status.ok() ? Status() : Status::Internal(std::string(status.message()));
+  }
+
+ private:
+  using Scale = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+  template <typename Matrix>
+  static se::blas::Transpose Transpose(const Matrix& matrix) {
+    return matrix.transposed ? se::blas::Transpose::kTranspose : se::blas::Transpose::kNoTranspose;
+  }
+
+  // BLAS takes addresses without sizes; it only reads what it multiplies.
+  static se::DeviceMemory<T> Address(const CoreType<T>* data) {
+    return se::DeviceMemory<T>(se::DeviceMemoryBase(const_cast<CoreType<T>*>(data)));
+  }
+
+  se::Stream* const stream_;
+};
+
+// Runs one of the driver's functions in a workspace of the size that it asks for.
+template <typename T, typename Function>
+void RunOnStream(OpKernelContext* context, int64_t workspace_bytes, const Function& function) {
+  Tensor workspace;
+  OP_REQUIRES_OK(context,
+                 context->allocate_temp(::tensorflow::DT_INT8,
+                                        ::tensorflow::TensorShape({workspace_bytes}), &workspace));
+  se::Stream* const stream = context->op_device_context()->stream();
+  BlasProduct<T> product(stream);
+  const cuda::Execution<CoreType<T>> execution = {
+      static_cast<cuda::Stream>(stream->platform_specific_handle().stream), &product,
+      workspace.flat<int8_t>().data(), workspace_bytes};
+  OP_REQUIRES_OK(context, ToTensorFlow(function(execution)));
+}
+
+cuda::Options MakeOptions() {
+  cuda::Options options;
+  options.deterministic = ::tensorflow::OpDeterminismRequired();
+  return options;
+}
+
+template <typename T, typename TOffset>
+class ForwardOp : public ModulatedDeformConv2DOp {
+ public:
+  explicit ForwardOp(OpKernelConstruction* context)
+      : ModulatedDeformConv2DOp(context, kForwardName) {}
+
+  void Compute(OpKernelContext* context) override {
+    OpInputs inputs;
+    OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
+    Tensor* output;
+    OP_REQUIRES_OK(context, context->allocate_output(0, OutputShape(inputs.geometry), &output));
+    const cuda::Options options = MakeOptions();
+    const cuda::ForwardTensors<CoreType<T>, CoreType<TOffset>> tensors = {
+        Data<T>(inputs.input),
+        Data<T>(inputs.filters),
+        {Data<TOffset>(inputs.offset), Data<TOffset>(inputs.mask)},
+        Data<T>(inputs.bias),
+        MutableData<T>(output)};
+    RunOnStream<T>(context, cuda::ForwardWorkspaceBytes<CoreType<T>>(inputs.geometry, options),
+                   [&](const auto& execution) {
+                     return cuda::Forward(inputs.geometry, tensors, options, execution);
+                   });
+  }
+};
+
+template <typename T, typename TOffset>
+class InputGradientOp : public ModulatedDeformConv2DOp {
+ public:
+  explicit InputGradientOp(OpKernelConstruction* context)
+      : ModulatedDeformConv2DOp(context, kInputGradientName) {}
+
+  void Compute(OpKernelContext* context) override {
+    OpInputs inputs;
+    OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
+    Tensor *input_gradient, *offset_gradient, *mask_gradient = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, inputs.input->shape(), &input_gradient));
+    OP_REQUIRES_OK(context, context->allocate_output(1, inputs.offset->shape(), &offset_gradient));
+    if (inputs.mask != nullptr) {
+      OP_REQUIRES_OK(context, context->allocate_output(2, inputs.mask->shape(), &mask_gradient));
+    }
+    const cuda::Options options = MakeOptions();
+    const cuda::InputGradientTensors<CoreType<T>, CoreType<TOffset>> tensors = {
+        Data<T>(inputs.input),
+        Data<T>(inputs.filters),
+        {Data<TOffset>(inputs.offset), Data<TOffset>(inputs.mask)},
+        Data<T>(inputs.output_gradient),
+        MutableData<T>(input_gradient),
+        MutableData<TOffset>(offset_gradient),
+        MutableData<TOffset>(mask_gradient)};
+    RunOnStream<T>(context,
+                   cuda::InputGradientWorkspaceBytes<CoreType<T>>(inputs.geometry, options),
+                   [&](const auto& execution) {
+                     return cuda::InputGradient(inputs.geometry, tensors, options, execution);
+                   });
+  }
+};
+
+template <typename T, typename TOffset>
+class FilterGradientOp : public ModulatedDeformConv2DOp {
+ public:
+  explicit FilterGradientOp(OpKernelConstruction* context)
+      : ModulatedDeformConv2DOp(context, kFilterGradientName) {}
+
+  void Compute(OpKernelContext* context) override {
+    OpInputs inputs;
+    OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
+    OpOutputList bias_gradients;
+    OP_REQUIRES_OK(context, context->output_list("bias_backprop", &bias_gradients));
+    OP_REQUIRES_OK(context,
+                   CheckOptional(kFilterGradientName, "bias_backprop", bias_gradients.size()));
+    Tensor *filters_gradient, *bias_gradient = nullptr;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(0, FiltersShape(inputs.geometry), &filters_gradient));
+    if (bias_gradients.size() == 1) {
+      OP_REQUIRES_OK(context,
+                     bias_gradients.allocate(0, {inputs.geometry.out_channels}, &bias_gradient));
+    }
+    const cuda::Options options = MakeOptions();
+    const cuda::FilterGradientTensors<CoreType<T>, CoreType<TOffset>> tensors = {
+        Data<T>(inputs.input),
+        {Data<TOffset>(inputs.offset), Data<TOffset>(inputs.mask)},
+        Data<T>(inputs.output_gradient),
+        MutableData<T>(filters_gradient),
+        MutableData<T>(bias_gradient)};
+    RunOnStream<T>(context,
+                   cuda::FilterGradientWorkspaceBytes<CoreType<T>>(inputs.geometry, options),
+                   [&](const auto& execution) {
+                     return cuda::FilterGradient(inputs.geometry, tensors, options, execution);
+                   });
+  }
+};
+
+#define MDCN_REGISTER_KERNELS(T, TOFFSET)                                  \
+  REGISTER_KERNEL_BUILDER(Name("Mdcn>ModulatedDeformConv2D")               \
+                              .Device(::tensorflow::DEVICE_GPU)            \
+                              .TypeConstraint<T>("T")                      \
+                              .TypeConstraint<TOFFSET>("Toffset"),         \
+                          ForwardOp<T, TOFFSET>);                          \
+  REGISTER_KERNEL_BUILDER(Name("Mdcn>ModulatedDeformConv2DBackpropInput")  \
+                              .Device(::tensorflow::DEVICE_GPU)            \
+                              .TypeConstraint<T>("T")                      \
+                              .TypeConstraint<TOFFSET>("Toffset"),         \
+                          InputGradientOp<T, TOFFSET>);                    \
+  REGISTER_KERNEL_BUILDER(Name("Mdcn>ModulatedDeformConv2DBackpropFilter") \
+                              .Device(::tensorflow::DEVICE_GPU)            \
+                              .TypeConstraint<T>("T")                      \
+                              .TypeConstraint<TOFFSET>("Toffset")          \
+                              .HostMemory("filters_shape"),                \
+                          FilterGradientOp<T, TOFFSET>)
+
+MDCN_REGISTER_KERNELS(float, float);
+MDCN_REGISTER_KERNELS(double, double);
+MDCN_REGISTER_KERNELS(Eigen::half, Eigen::half);
+MDCN_REGISTER_KERNELS(Eigen::half, float);
+MDCN_REGISTER_KERNELS(Eigen::bfloat16, Eigen::bfloat16);
+MDCN_REGISTER_KERNELS(Eigen::bfloat16, float);
+
+}  // namespace
+}  // namespace mdcn
