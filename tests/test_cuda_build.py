@@ -150,6 +150,17 @@ def test_at_least_half_occupancy(usages):
     assert not low
 
 
+def test_the_cuda_runtime_is_linked_in():
+    """TensorFlow exports a CUDA runtime of another version; none of it may be used."""
+    import tf_mdcn
+
+    if tf_mdcn.build_info()["cuda"] is None:
+        pytest.skip("tf_mdcn was built without CUDA")
+    command = ["nm", "-D", "--undefined-only", tf_mdcn.op_library_path()]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not [symbol for symbol in symbols if symbol.startswith(("cuda", "__cuda"))]
+
+
 def _print_table(archs: list[str]) -> None:
     """For each kernel, its worst variant: registers, and occupancy on each architecture."""
     usages = _usages(tuple(archs))

@@ -12,7 +12,7 @@
 
 // Internal linkage matters: the same functions are compiled for several instruction sets, and a
 // linker must never merge them.
-#if defined(__CUDACC__) || defined(MDCN_CUDA_EMULATION)
+#if defined(__CUDACC__)
 #define MDCN_SAMPLING_INLINE static __host__ __device__ __forceinline__
 #else
 #define MDCN_SAMPLING_INLINE static inline __attribute__((always_inline))
