@@ -297,6 +297,23 @@ def test_the_layouts_differ_in_nothing_but_the_layout():
         )
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_a_row_of_more_than_2_gib(instruction_set):
+    """Byte distances within a row, and the last pixel of one, are beyond 32 bits."""
+    width = 2**28 + 16
+    inputs = np.zeros((1, 2, width, 1), np.float64)  # pages that nobody writes take no memory
+    inputs[0, :, -8:, 0] = np.arange(16.0).reshape(2, 8)
+    stride = 2**27 + 4
+    offset = np.zeros((1, 2, 3, 2))
+    offset[0, 0, 2] = 0.5, 1.25  # at 2^28 + 9.25, between columns 1 and 2 of those 8
+    offset[0, 1, 2] = -1.5, 3.0  # half of the upper corners lies above the image
+    output = CORE.forward(
+        inputs, np.ones((1, 1, 1, 1)), offset, None, None, strides=(1, stride),
+        instruction_set=instruction_set, threads=1,
+    )  # fmt: skip
+    assert output[0, :, :, 0].tolist() == [[0, 0, 1.25 + 4], [0, 0, 0.5 * 3]]
+
+
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_nothing_is_written_beyond_the_outputs_that_are_returned(data_format):
     """Whole vectors are computed where fewer elements exist: every remainder up to two vectors."""

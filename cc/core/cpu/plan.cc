@@ -36,7 +36,7 @@ SamplingPlan MakePlan(const Geometry& geometry, const std::vector<ChannelRun>& r
   for (const ChannelRun& run : runs) positions[run.mask_channel] = 0;
   SamplingPlan plan;
   for (auto& [mask_channel, position] : positions) {
-    position = plan.positions();
+    position = plan.positions++;
     const int64_t tap = mask_channel % geometry.taps;
     plan.tap_y.push_back(
         static_cast<int32_t>(tap / geometry.kernel_width * geometry.dilation_height));
@@ -54,6 +54,21 @@ SamplingPlan MakePlan(const Geometry& geometry, const std::vector<ChannelRun>& r
         {positions[run.mask_channel], run.channel, run.count, run.column - first_column});
     plan.columns += run.count;
   }
+  // Where all that a kernel reads is contiguous, whole vectors go over the ends of pixels.
+  if (geometry.data_format == DataFormat::kChannelsLast &&
+      plan.positions == geometry.deformable_groups * geometry.taps) {
+    plan.batch_pixels = static_cast<int>(
+        std::min<int64_t>(kMaxPositions / plan.positions, geometry.out_width));
+  }
+  for (int i = plan.positions; i < plan.batch_pixels * plan.positions; ++i) {
+    plan.tap_y.push_back(plan.tap_y[i - plan.positions]);
+    plan.tap_x.push_back(plan.tap_x[i - plan.positions] +
+                         static_cast<int32_t>(geometry.stride_width));
+  }
+  plan.tap_y.resize(kMaxPositions);
+  plan.tap_x.resize(kMaxPositions);
+  std::stable_sort(plan.runs.begin(), plan.runs.end(),
+                   [](const Run& a, const Run& b) { return a.position < b.position; });
   return plan;
 }
 

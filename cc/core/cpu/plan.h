@@ -12,7 +12,7 @@
 
 namespace mdcn::cpu {
 
-// Positions that a kernel computes at a time for one pixel.
+// Positions that a kernel computes at a time.
 constexpr int kMaxPositions = 128;
 
 // Positions whose mask channels (deformable_group * K + tap) are contiguous.
@@ -39,12 +39,14 @@ struct GroupPiece {
 // What to sample for each pixel to fill some of its columns.
 struct SamplingPlan {
   std::vector<PositionSpan> spans;
-  std::vector<int32_t> tap_y, tap_x;  // of each position, in input pixels
-  std::vector<Run> runs;
+  int positions = 0;     // of a pixel
+  int batch_pixels = 1;  // side by side, whose positions are computed at a time
+  // Of each position of a batch, in input pixels from the corner of the first pixel's kernel; with
+  // room for whole vectors.
+  std::vector<int32_t> tap_y, tap_x;
+  std::vector<Run> runs;  // in order of positions
   std::vector<GroupPiece> pieces;
   int64_t columns = 0;
-
-  int positions() const { return static_cast<int>(tap_y.size()); }
 };
 
 // All columns of a pixel.

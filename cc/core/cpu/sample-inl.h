@@ -5,6 +5,8 @@
 #ifndef MDCN_CORE_CPU_SAMPLE_INL_H_
 #define MDCN_CORE_CPU_SAMPLE_INL_H_
 
+#include <algorithm>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -14,6 +16,13 @@
 
 namespace mdcn::cpu::MDCN_ISA {
 namespace {
+
+// Pixels side by side in a row of an image.
+struct PixelBatch {
+  int64_t image, row, column;
+  int count;
+  int64_t first;  // pixel within the image
+};
 
 // An element of an offset-like tensor at (pixel, channel), in either layout.
 struct ChannelAddress {
@@ -25,36 +34,36 @@ struct ChannelAddress {
     pixel_stride = last ? channels : 1;
     channel_stride = last ? 1 : geometry.out_pixels;
   }
-};
 
-// Walks over a range of pixels.
-struct PixelCursor {
-  const Geometry& geometry;
-  int64_t image, pixel;  // pixel within the image
-  int64_t row, column;
-
-  PixelCursor(const Geometry& geometry, int64_t index)
-      : geometry(geometry),
-        image(index / geometry.out_pixels),
-        pixel(index % geometry.out_pixels),
-        row(pixel / geometry.out_width),
-        column(pixel % geometry.out_width) {}
-
-  int64_t At(const ChannelAddress& address) const {
-    return image * address.image_stride + pixel * address.pixel_stride;
-  }
-  void Next() {
-    ++pixel;
-    if (++column < geometry.out_width) return;
-    column = 0;
-    if (++row < geometry.out_height) return;
-    row = 0;
-    pixel = 0;
-    ++image;
+  // Of the first pixel of a batch.
+  int64_t operator()(const PixelBatch& batch) const {
+    return batch.image * image_stride + batch.first * pixel_stride;
   }
 };
 
-// The positions of one pixel, one array element each. Arrays are computed in whole vectors.
+// Walks over a range of pixels: calls body(batch) for as many at a time as the plan has room for.
+template <typename Body>
+MDCN_INLINE void ForEachBatch(const Geometry& geometry, const SamplingPlan& plan, PixelRange pixels,
+                              const Body& body) {
+  const int64_t pixel = pixels.first % geometry.out_pixels;
+  PixelBatch batch{pixels.first / geometry.out_pixels, pixel / geometry.out_width,
+                   pixel % geometry.out_width, 0, pixel};
+  for (int64_t left = pixels.count; left > 0; left -= batch.count) {
+    batch.count = static_cast<int>(
+        std::min<int64_t>({plan.batch_pixels, left, geometry.out_width - batch.column}));
+    body(batch);
+    batch.first += batch.count;
+    batch.column += batch.count;
+    if (batch.column < geometry.out_width) continue;
+    batch.column = 0;
+    if (++batch.row < geometry.out_height) continue;
+    batch.row = batch.first = 0;
+    ++batch.image;
+  }
+}
+
+// The positions of a batch, pixel by pixel, one array element each. Arrays are computed in whole
+// vectors; what follows the last position is never used.
 template <typename Real>
 struct alignas(64) Positions {
   int32_t low_y[kMaxPositions], low_x[kMaxPositions];
@@ -63,20 +72,29 @@ struct alignas(64) Positions {
   Real modulation_copy[kMaxPositions];
 };
 
-// The channels of the spans at one pixel, `per_position` for each position, as contiguous Reals: in
-// the tensor itself if they are that there, else in `copy`.
+template <typename Real>
+MDCN_INLINE int WholeVectors(int count) {
+  return (count + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+}
+
+// The channels of the spans at the pixels of a batch, `per_position` for each position, as
+// contiguous Reals of which whole vectors can be read: in the tensor itself, which ends at `end`,
+// or else in `copy`. Where there is more than one pixel, all channels are one span.
 template <typename T, typename Real>
-MDCN_INLINE const Real* ReadChannels(const T* pixel, int64_t channel_stride, int per_position,
+MDCN_INLINE const Real* ReadChannels(const T* pixel, int pixels, const T* end,
+                                     int64_t channel_stride, int per_position,
                                      const std::vector<PositionSpan>& spans, Real* copy) {
   if constexpr (std::is_same_v<T, Real>) {
     if (channel_stride == 1 && spans.size() == 1) {
-      return pixel + per_position * spans[0].mask_channel;
+      const Real* first = pixel + per_position * spans[0].mask_channel;
+      const int count = per_position * WholeVectors<Real>(pixels * spans[0].count);
+      if (end - first >= count) return first;
     }
   }
   Real* to = copy;
   for (const PositionSpan& span : spans) {
     const T* from = pixel + per_position * span.mask_channel * channel_stride;
-    const int count = per_position * span.count;
+    const int count = per_position * pixels * span.count;
     if (channel_stride == 1) {
       Widen(from, count, to);
     } else {
@@ -98,23 +116,27 @@ class Locator {
         tensors_(tensors),
         plan_(plan),
         offset_address_(geometry, geometry.offset_channels),
-        mask_address_(geometry, geometry.mask_channels) {}
+        mask_address_(geometry, geometry.mask_channels),
+        pixels_(geometry.batch * geometry.out_pixels) {}
 
-  void Locate(const PixelCursor& at, Positions<Real>* positions) const {
+  void Locate(const PixelBatch& batch, Positions<Real>* positions) const {
     alignas(64) Real offset_copy[2 * kMaxPositions];
-    const int count = plan_.positions();
-    const Real* offset = ReadChannels(tensors_.offset + at.At(offset_address_),
+    const int count = WholeVectors<Real>(batch.count * plan_.positions);
+    const Real* offset = ReadChannels(tensors_.offset + offset_address_(batch), batch.count,
+                                      tensors_.offset + pixels_ * geometry_.offset_channels,
                                       offset_address_.channel_stride, 2, plan_.spans, offset_copy);
     positions->modulation = positions->modulation_copy;
     if (tensors_.mask != nullptr) {
       positions->modulation =
-          ReadChannels(tensors_.mask + at.At(mask_address_), mask_address_.channel_stride, 1,
-                       plan_.spans, positions->modulation_copy);
+          ReadChannels(tensors_.mask + mask_address_(batch), batch.count,
+                       tensors_.mask + pixels_ * geometry_.mask_channels,
+                       mask_address_.channel_stride, 1, plan_.spans, positions->modulation_copy);
     } else {
       for (int i = 0; i < count; ++i) positions->modulation_copy[i] = 1;
     }
-    const int32_t y = static_cast<int32_t>(at.row * geometry_.stride_height - geometry_.pad_top);
-    const int32_t x = static_cast<int32_t>(at.column * geometry_.stride_width - geometry_.pad_left);
+    const int32_t y = static_cast<int32_t>(batch.row * geometry_.stride_height - geometry_.pad_top);
+    const int32_t x =
+        static_cast<int32_t>(batch.column * geometry_.stride_width - geometry_.pad_left);
     LocateAll(count, y, x, plan_.tap_y.data(), plan_.tap_x.data(), offset, positions);
   }
 
@@ -140,6 +162,7 @@ class Locator {
   const SampledTensors<T, TOffset>& tensors_;
   const SamplingPlan& plan_;
   const ChannelAddress offset_address_, mask_address_;
+  const int64_t pixels_;
 };
 
 // Weights of the corners of all positions, masked.
@@ -161,6 +184,16 @@ __attribute__((noinline)) void WeighCorners(const Positions<Real>& positions, in
   }
 }
 
+// The four corners of a position, from a channel on.
+template <typename Element>
+struct CornerPixels {
+  Element *low_low, *low_high, *high_low, *high_high;
+};
+
+MDCN_INLINE int64_t BytesBetween(const void* from, const void* to) {
+  return reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
+}
+
 // Where the corners of all positions are, in bytes from the image on.
 struct alignas(64) CornerOffsets {
   int64_t low_low[kMaxPositions], low_high[kMaxPositions], high_low[kMaxPositions],
@@ -168,19 +201,17 @@ struct alignas(64) CornerOffsets {
 };
 
 // Without branches, since positions near the border are not predictable: corners outside the image
-// are at `nowhere_bytes`.
-template <typename Element, typename Real>
-__attribute__((noinline)) void LocateCorners(const Geometry& geometry,
-                                             const Positions<Real>& positions, int count,
+// are at `nowhere_bytes`. Step is int32_t where a row is that short, because products of 32 bits
+// are vectors on every machine.
+template <typename Step, typename Real>
+__attribute__((noinline)) void LocateCorners(const Positions<Real>& positions, int count,
+                                             int32_t height, int32_t width, Step pixel_bytes,
                                              int64_t nowhere_bytes,
                                              CornerOffsets* __restrict offsets) {
-  const int32_t height = static_cast<int32_t>(geometry.in_height);
-  const int32_t width = static_cast<int32_t>(geometry.in_width);
-  const int64_t pixel_bytes = geometry.in_channels * sizeof(Element);
-  const int64_t row_bytes = width * pixel_bytes;
+  const Step row_bytes = width * pixel_bytes;
   for (int i = 0; i < count; ++i) {
     const int32_t y = positions.low_y[i], x = positions.low_x[i];
-    const int64_t at = y * row_bytes + x * pixel_bytes;
+    const int64_t at = static_cast<int64_t>(y) * row_bytes + static_cast<int64_t>(x) * pixel_bytes;
     const bool low_y = CornerExists(y, height), high_y = CornerExists(y + 1, height);
     const bool low_x = CornerExists(x, width), high_x = CornerExists(x + 1, width);
     offsets->low_low[i] = low_y & low_x ? at : nowhere_bytes;
@@ -190,30 +221,68 @@ __attribute__((noinline)) void LocateCorners(const Geometry& geometry,
   }
 }
 
-// The four corners of a position, from a channel on.
-template <typename Element>
-struct CornerPixels {
-  Element *low_low, *low_high, *high_low, *high_high;
-};
-
-template <typename Element>
-MDCN_INLINE CornerPixels<Element> CornersAt(Element* image, const CornerOffsets& offsets,
-                                            const Run& run) {
-  const auto corner = [&](const int64_t* bytes) {
-    return reinterpret_cast<Element*>(reinterpret_cast<intptr_t>(image + run.channel) +
-                                      bytes[run.position]);
-  };
-  return {corner(offsets.low_low), corner(offsets.low_high), corner(offsets.high_low),
-          corner(offsets.high_high)};
+template <typename Element, typename Real>
+MDCN_INLINE void LocateCorners(const Geometry& geometry, const Positions<Real>& positions,
+                               int count, const Element* image, const Element* nowhere,
+                               CornerOffsets* offsets) {
+  const int32_t height = static_cast<int32_t>(geometry.in_height);
+  const int32_t width = static_cast<int32_t>(geometry.in_width);
+  const int64_t pixel_bytes = geometry.in_channels * sizeof(Element);
+  const int64_t nowhere_bytes = BytesBetween(image, nowhere);
+  if (width * pixel_bytes <= std::numeric_limits<int32_t>::max()) {
+    LocateCorners<int32_t>(positions, count, height, width, pixel_bytes, nowhere_bytes, offsets);
+  } else {
+    LocateCorners<int64_t>(positions, count, height, width, pixel_bytes, nowhere_bytes, offsets);
+  }
 }
 
-MDCN_INLINE int64_t BytesBetween(const void* from, const void* to) {
-  return reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
+// Calls body(i, run, corners) for the runs of a pixel, whose positions are from `first` on in the
+// batch; i is the run's. Narrow layers have one for each vector or two,
+// so this is a function of its own, to keep everything in registers; the body comes by value for
+// the same reason.
+template <typename Element, typename Body>
+__attribute__((noinline)) void ForEachRun(const Run* run, const Run* end, int64_t first,
+                                          const CornerOffsets& offsets, Element* image,
+                                          const Body body) {
+  for (; run < end; ++run) {
+    Element* const channel = image + run->channel;
+    const int64_t i = first + run->position;
+    const auto corner = [&](const int64_t* bytes) {
+      return reinterpret_cast<Element*>(reinterpret_cast<intptr_t>(channel) + bytes[i]);
+    };
+    body(i, *run,
+         CornerPixels<Element>{corner(offsets.low_low), corner(offsets.low_high),
+                               corner(offsets.high_low), corner(offsets.high_high)});
+  }
+}
+
+template <typename Element, typename Body>
+MDCN_INLINE void ForEachRun(const SamplingPlan& plan, int pixel, const CornerOffsets& offsets,
+                            Element* image, const Body& body) {
+  ForEachRun(plan.runs.data(), plan.runs.data() + plan.runs.size(), pixel * plan.positions, offsets,
+             image, body);
+}
+
+// Calls body with a constant: the number of channels of all runs, or 0 if they are wide or differ.
+// Narrow runs of constant length need no loops.
+template <typename Real, typename Body>
+MDCN_INLINE void WithRunChannels(const SamplingPlan& plan, const Body& body) {
+  constexpr int kCount = kLanes<Real>;
+  const int64_t channels = plan.runs.empty() ? 0 : plan.runs[0].count;
+  for (const Run& run : plan.runs) {
+    if (run.count != channels) return body(std::integral_constant<int64_t, 0>());
+  }
+  if (channels == kCount / 2) return body(std::integral_constant<int64_t, kCount / 2>());
+  if (channels == kCount) return body(std::integral_constant<int64_t, kCount>());
+  if (channels == 2 * kCount) return body(std::integral_constant<int64_t, 2 * kCount>());
+  if (channels == 4 * kCount) return body(std::integral_constant<int64_t, 4 * kCount>());
+  body(std::integral_constant<int64_t, 0>());
 }
 
 template <int kCount, typename T, typename Real>
 MDCN_INLINE void Interpolate(const CornerPixels<const T>& pixels, const Corners<Real>& weights,
                              int64_t i, int64_t channels, Real* to) {
+#pragma GCC unroll 4
   for (; i + kCount <= channels; i += kCount) {
     Store<kCount>(weights.low_low * Load<kCount>(pixels.low_low + i) +
                       weights.low_high * Load<kCount>(pixels.low_high + i) +
@@ -227,7 +296,7 @@ MDCN_INLINE void Interpolate(const CornerPixels<const T>& pixels, const Corners<
 }
 
 template <typename Real>
-MDCN_INLINE Corners<Real> WeightsAt(const MaskedWeights<Real>& weights, int32_t position) {
+MDCN_INLINE Corners<Real> WeightsAt(const MaskedWeights<Real>& weights, int64_t position) {
   return {weights.low_low[position], weights.low_high[position], weights.high_low[position],
           weights.high_high[position]};
 }
@@ -238,21 +307,27 @@ void Sample(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
             int64_t column_stride) {
   using Real = ComputeType<T>;
   const Locator<T, TOffset> locator(geometry, tensors, plan);
-  Positions<Real> positions;
-  CornerOffsets offsets;
-  MaskedWeights<Real> weights;
-  const int count = plan.positions();
-  PixelCursor at(geometry, pixels.first);
-  for (int64_t p = 0; p < pixels.count; ++p, at.Next(), columns += column_stride) {
-    locator.Locate(at, &positions);
-    WeighCorners(positions, count, &weights);
-    const T* image = tensors.input + at.image * geometry.in_pixels * geometry.in_channels;
-    LocateCorners<T>(geometry, positions, count, BytesBetween(image, zeros), &offsets);
-    for (const Run& run : plan.runs) {
-      Interpolate<kLanes<Real>>(CornersAt(image, offsets, run), WeightsAt(weights, run.position), 0,
-                                run.count, columns + run.column);
-    }
-  }
+  WithRunChannels<Real>(plan, [&](auto run_channels) {
+    Positions<Real> positions;
+    MaskedWeights<Real> weights;
+    CornerOffsets offsets;
+    Real* to = columns;
+    ForEachBatch(geometry, plan, pixels, [&](const PixelBatch& batch) {
+      const int count = WholeVectors<Real>(batch.count * plan.positions);
+      locator.Locate(batch, &positions);
+      WeighCorners(positions, count, &weights);
+      const T* image = tensors.input + batch.image * geometry.in_pixels * geometry.in_channels;
+      LocateCorners(geometry, positions, count, image, zeros, &offsets);
+      for (int pixel = 0; pixel < batch.count; ++pixel, to += column_stride) {
+        ForEachRun(plan, pixel, offsets, image,
+                   [=, &weights](int64_t i, const Run& run, const CornerPixels<const T>& corners) {
+                     Interpolate<kLanes<Real>>(corners, WeightsAt(weights, i), 0,
+                                               run_channels > 0 ? run_channels : run.count,
+                                               to + run.column);
+                   });
+      }
+    });
+  });
 }
 
 // The sums of the lanes of four vectors.
@@ -329,16 +404,19 @@ void PositionGradients(const Geometry& geometry, const SampledTensors<T, TOffset
   CornerOffsets offsets;
   Corners<Real> sums[kMaxPositions];
   alignas(64) Real offset_values[2 * kMaxPositions], mask_values[kMaxPositions];
-  const int count = plan.positions();
-  PixelCursor at(geometry, pixels.first);
-  for (int64_t p = 0; p < pixels.count; ++p, at.Next(), column_gradients += column_stride) {
-    locator.Locate(at, &positions);
-    const T* image = tensors.input + at.image * geometry.in_pixels * geometry.in_channels;
-    LocateCorners<T>(geometry, positions, count, BytesBetween(image, zeros), &offsets);
+  ForEachBatch(geometry, plan, pixels, [&](const PixelBatch& batch) {
+    const int count = WholeVectors<Real>(batch.count * plan.positions);
+    locator.Locate(batch, &positions);
     for (int i = 0; i < count; ++i) sums[i] = {};
-    for (const Run& run : plan.runs) {
-      AddDotProducts<kLanes<Real>>(CornersAt(image, offsets, run), column_gradients + run.column, 0,
-                                   run.count, &sums[run.position]);
+    const T* image = tensors.input + batch.image * geometry.in_pixels * geometry.in_channels;
+    LocateCorners(geometry, positions, count, image, zeros, &offsets);
+    for (int pixel = 0; pixel < batch.count; ++pixel, column_gradients += column_stride) {
+      ForEachRun(plan, pixel, offsets, image,
+                 [&sums, column_gradients](int64_t i, const Run& run,
+                                           const CornerPixels<const T>& corners) {
+                   AddDotProducts<kLanes<Real>>(corners, column_gradients + run.column, 0,
+                                                run.count, &sums[i]);
+                 });
     }
     for (int i = 0; i < count; ++i) {
       const Real fraction_y = positions.fraction_y[i], fraction_x = positions.fraction_x[i];
@@ -350,17 +428,18 @@ void PositionGradients(const Geometry& geometry, const SampledTensors<T, TOffset
     }
     int first = 0;
     for (const PositionSpan& span : plan.spans) {
-      WriteChannels(offset_values + 2 * first, 2 * span.count, offset_address.channel_stride,
-                    offset_gradient + at.At(offset_address) +
+      const int written = batch.count * span.count;
+      WriteChannels(offset_values + 2 * first, 2 * written, offset_address.channel_stride,
+                    offset_gradient + offset_address(batch) +
                         2 * span.mask_channel * offset_address.channel_stride);
       if (mask_gradient != nullptr) {
         WriteChannels(
-            mask_values + first, span.count, mask_address.channel_stride,
-            mask_gradient + at.At(mask_address) + span.mask_channel * mask_address.channel_stride);
+            mask_values + first, written, mask_address.channel_stride,
+            mask_gradient + mask_address(batch) + span.mask_channel * mask_address.channel_stride);
       }
-      first += span.count;
+      first += written;
     }
-  }
+  });
 }
 
 template <int kCount, typename Real>
@@ -389,20 +468,23 @@ void Scatter(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors
   using Real = ComputeType<T>;
   const Locator<T, TOffset> locator(geometry, tensors, plan);
   Positions<Real> positions;
-  CornerOffsets offsets;
   MaskedWeights<Real> weights;
-  const int count = plan.positions();
-  PixelCursor at(geometry, pixels.first);
-  for (int64_t p = 0; p < pixels.count; ++p, at.Next(), column_gradients += column_stride) {
-    locator.Locate(at, &positions);
+  CornerOffsets offsets;
+  ForEachBatch(geometry, plan, pixels, [&](const PixelBatch& batch) {
+    const int count = WholeVectors<Real>(batch.count * plan.positions);
+    locator.Locate(batch, &positions);
     WeighCorners(positions, count, &weights);
-    Real* image = input_gradient + at.image * geometry.in_pixels * geometry.in_channels;
-    LocateCorners<Real>(geometry, positions, count, BytesBetween(image, dump), &offsets);
-    for (const Run& run : plan.runs) {
-      AddToCorners<kLanes<Real>>(column_gradients + run.column, WeightsAt(weights, run.position), 0,
-                                 run.count, CornersAt(image, offsets, run));
+    Real* image = input_gradient + batch.image * geometry.in_pixels * geometry.in_channels;
+    LocateCorners<Real>(geometry, positions, count, image, dump, &offsets);
+    for (int pixel = 0; pixel < batch.count; ++pixel, column_gradients += column_stride) {
+      ForEachRun(plan, pixel, offsets, image,
+                 [&weights, column_gradients](int64_t i, const Run& run,
+                                              const CornerPixels<Real>& corners) {
+                   AddToCorners<kLanes<Real>>(column_gradients + run.column, WeightsAt(weights, i),
+                                              0, run.count, corners);
+                 });
     }
-  }
+  });
 }
 
 }  // namespace
