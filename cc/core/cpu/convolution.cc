@@ -41,6 +41,14 @@ int64_t TilePixels(int64_t pixels, int64_t row_block, int64_t most, int workers)
   return CeilDivide(blocks, tiles) * row_block;
 }
 
+// Tile `tile` of `tiles` that share out pixels in whole row blocks, as evenly as that goes.
+PixelRange Tile(int64_t pixels, int64_t row_block, int64_t tiles, int64_t tile) {
+  const int64_t blocks = CeilDivide(pixels, row_block);
+  const int64_t first = tile * blocks / tiles * row_block;
+  const int64_t end = std::min(pixels, (tile + 1) * blocks / tiles * row_block);
+  return {first, end - first};
+}
+
 // ---- Layout changes. ----
 
 constexpr int64_t kTransposeBlock = 256;  // pixels of a job
@@ -191,9 +199,9 @@ void Forward<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool, char* wo
                    channels_last_input_.In(workspace)),
       tensors.offset, tensors.mask};
   const int64_t pixels = TotalPixels(geometry_);
-  pool.RunJobs(CeilDivide(pixels, tile_pixels_), [&](int64_t tile, int worker) {
-    const int64_t first = tile * tile_pixels_;
-    RunTile(sampled, tensors, {first, std::min(tile_pixels_, pixels - first)}, workspace, worker);
+  const int64_t tiles = CeilDivide(pixels, tile_pixels_);
+  pool.RunJobs(tiles, [&](int64_t tile, int worker) {
+    RunTile(sampled, tensors, Tile(pixels, kernels_.row_block, tiles, tile), workspace, worker);
   });
 }
 
