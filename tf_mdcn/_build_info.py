@@ -17,8 +17,8 @@ def build_info() -> dict[str, Any]:
         `python`, `machine`, `compiler`, `cpu_instruction_sets` (compiled in and run by this
         machine, best first), `cpu_instruction_set` (the chosen one; the environment variable
         `TF_MDCN_CPU_ISA` forces another), `cuda` (the CUDA version of the kernels, or `None`),
-        `cuda_architectures`, `xla` (whether XLA compiles the native op, on CPUs) and `xla_error`
-        (why it does not, or `None`).
+        `cuda_architectures`, `xla` (whether XLA compiles the op: to its native kernels on CPUs, to
+        standard operations elsewhere) and `xla_error` (why it does not, or `None`).
 
     Raises:
         ImportError: If the native module cannot be loaded.

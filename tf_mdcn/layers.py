@@ -233,7 +233,7 @@ class ModulatedDeformConv2D(keras.layers.Layer):
 
     @property
     def supports_jit(self) -> bool:
-        """Whether XLA can compile the layer; Keras asks when `compile(jit_compile="auto")`."""
+        """Whether Keras may compile the layer with XLA; it asks for "auto" and for True."""
         return self._supports_jit and ops.supports_jit()
 
     @supports_jit.setter
