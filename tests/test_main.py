@@ -3,8 +3,10 @@
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -26,7 +28,7 @@ def model_file(tmp_path_factory):
 def test_report_and_self_check_pass(capsys):
     assert __main__.main([]) == 0
     printed = capsys.readouterr().out
-    for name, value in build_info().items():
+    for name, value in {**build_info(), **__main__._gpu_report()}.items():
         (line,) = (line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert str(value) in line or isinstance(value, list)
     assert "op on /device:CPU:0" in printed
@@ -68,6 +70,76 @@ def test_self_check_finds_nan(capsys, monkeypatch):
     monkeypatch.setattr(__main__, "_core_with", broken)
     assert __main__.main([]) == 1
     assert "output is off by nan" in capsys.readouterr().out
+
+
+FAKE_GPU = "/job:localhost/CPU:0"
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, tmp_path):
+    """A GPU in all reports, whose work the CPU does: FAKE_GPU is another name of it."""
+    for name in ("list_logical_devices", "list_physical_devices"):
+        right = getattr(tf.config, name)
+
+        def listed(kind=None, right=right):
+            return [types.SimpleNamespace(name=FAKE_GPU)] if kind == "GPU" else right(kind)
+
+        monkeypatch.setattr(tf.config, name, listed)
+    details = {"device_name": "NVIDIA X1", "compute_capability": (9, 0)}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release")
+    monkeypatch.setattr(__main__, "_DRIVER", driver)
+    information = build_info()
+
+    def built_with(cuda):
+        monkeypatch.setattr(__main__, "build_info", lambda: {**information, "cuda": cuda})
+
+    built_with("13.0")
+    return built_with
+
+
+def test_the_gpu_is_reported_and_checked(capsys, monkeypatch, fake_gpu):
+    precisions = []
+    right = __main__._errors
+
+    def noted(*arguments):
+        precisions.append(tf.config.experimental.tensor_float_32_execution_enabled())
+        return right(*arguments)
+
+    monkeypatch.setattr(__main__, "_errors", noted)
+    assert __main__.main([]) == 0
+    printed = capsys.readouterr().out
+    assert f"{'nvidia_driver':24}570.86.15\n" in printed
+    assert f"{'gpus':24}NVIDIA X1 (compute capability 9.0)\n" in printed
+    assert f"{'cuda':24}13.0\n" in printed
+    assert "\nop on /device:CPU:0 " in printed and f"\nop on {FAKE_GPU} " in printed
+    assert not any(precisions)
+    assert tf.config.experimental.tensor_float_32_execution_enabled()
+
+
+def test_a_gpu_without_kernels_is_said_to_be_idle(capsys, fake_gpu):
+    fake_gpu(None)
+    assert __main__.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "This build has no kernels for the GPU: the op runs on the CPU.\n" in printed
+    assert FAKE_GPU not in printed
+
+
+def test_a_gpu_on_which_the_op_does_not_run_fails(capsys, monkeypatch, fake_gpu):
+    right = __main__._op_on
+
+    def broken(device):
+        def run(tensors):
+            raise tf.errors.InternalError(None, None, "no kernel image is available")
+
+        return run if device == FAKE_GPU else right(device)
+
+    monkeypatch.setattr(__main__, "_op_on", broken)
+    assert __main__.main([]) == 1
+    printed = capsys.readouterr().out
+    assert re.search(rf"^op on {FAKE_GPU} +does not run$", printed, re.MULTILINE)
+    assert f"FAILED\nop on {FAKE_GPU}: no kernel image is available\n" in printed
 
 
 @pytest.mark.parametrize(

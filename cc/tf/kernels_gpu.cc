@@ -36,42 +36,41 @@ class BlasProduct : public cuda::MatrixProduct<CoreType<T>> {
   Status Multiply(const cuda::MatrixProductCall<CoreType<T>>& call) override {
     se::blas::BlasSupport* const blas = stream_->parent()->AsBlas();
     if (blas == nullptr) return Status::Internal("ModulatedDeformConv2D: the GPU has no BLAS");
+    const cuda::GemmArguments<CoreType<T>> gemm = cuda::ToColumnMajor(call);
     const int64_t largest =
-        std::max({call.batch, call.rows, call.columns, call.depth, call.left.row_step,
-                  call.right.row_step, call.result.row_step});
+        std::max({gemm.m, gemm.n, gemm.k, gemm.lda, gemm.ldb, gemm.ldc, gemm.batch});
     if (largest > std::numeric_limits<int>::max()) {
       return Status::InvalidArgument(
           "ModulatedDeformConv2D: on a GPU, images must have at most 2^31 - 1 pixels and filters "
           "as many rows; received a matrix product with a size of " +
           std::to_string(largest));
     }
-    // Row-major matrices, as column-major BLAS is asked for them in matrix_product.h.
-    const auto left = Address(call.left.data), right = Address(call.right.data);
-    auto result = Address(call.result.data);
-    const Scale one = Scale(1), beta = Scale(call.accumulate ? 1 : 0);
-    const int lda = static_cast<int>(call.right.row_step);
-    const int ldb = static_cast<int>(call.left.row_step);
-    const int ldc = static_cast<int>(call.result.row_step);
+    const se::blas::Transpose transpose_a = Transpose(gemm.transpose_a);
+    const se::blas::Transpose transpose_b = Transpose(gemm.transpose_b);
+    const auto a = Address(gemm.a), b = Address(gemm.b);
+    auto c = Address(gemm.c);
+    const int lda = static_cast<int>(gemm.lda), ldb = static_cast<int>(gemm.ldb);
+    const int ldc = static_cast<int>(gemm.ldc), batch = static_cast<int>(gemm.batch);
+    const Scale alpha = Scale(1), beta = Scale(gemm.accumulate ? 1 : 0);
     const auto options = ::tensorflow::GetNumericOptions();
     constexpr auto kContext = se::blas::CallContext::kNone;
     const absl::Status status =
-        call.batch == 1 ? blas->BlasGemm(stream_, Transpose(call.right), Transpose(call.left),
-                                         call.columns, call.rows, call.depth, one, right, lda, left,
-                                         ldb, beta, &result, ldc, options, kContext)
-                        : blas->BlasGemmStridedBatched(
-                              stream_, Transpose(call.right), Transpose(call.left), call.columns,
-                              call.rows, call.depth, one, right, lda, call.right.batch_step, left,
-                              ldb, call.left.batch_step, beta, &result, ldc, call.result.batch_step,
-                              static_cast<int>(call.batch), options, kContext);
-    return status.ok() ? Status() : Status::Internal(std::string(status.message()));
+        batch == 1 ? blas->BlasGemm(stream_, transpose_a, transpose_b, gemm.m, gemm.n, gemm.k,
+                                    alpha, a, lda, b, ldb, beta, &c, ldc, options, kContext)
+                   : blas->BlasGemmStridedBatched(stream_, transpose_a, transpose_b, gemm.m, gemm.n,
+                                                  gemm.k, alpha, a, lda, gemm.stride_a, b, ldb,
+                                                  gemm.stride_b, beta, &c, ldc, gemm.stride_c,
+                                                  batch, options, kContext);
+    if (status.ok()) return Status();
+    return Status::Internal("ModulatedDeformConv2D: the matrix product failed: " +
+                            std::string(status.message()));
   }
 
  private:
   using Scale = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-  template <typename Matrix>
-  static se::blas::Transpose Transpose(const Matrix& matrix) {
-    return matrix.transposed ? se::blas::Transpose::kTranspose : se::blas::Transpose::kNoTranspose;
+  static se::blas::Transpose Transpose(bool transpose) {
+    return transpose ? se::blas::Transpose::kTranspose : se::blas::Transpose::kNoTranspose;
   }
 
   // BLAS takes addresses without sizes; it only reads what it multiplies.

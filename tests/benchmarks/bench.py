@@ -3,6 +3,7 @@ where installed, side by side in one process, verified against each other before
 
     python tests/benchmarks/bench.py                    every shape, forward and training step
     python tests/benchmarks/bench.py --shapes A,odd --threads 2 --dtype bfloat16 --json out.json
+    python tests/benchmarks/bench.py --device gpu       on the first GPU, beside cuDNN's conv2d
     python tests/benchmarks/bench.py --memory           peak memory over inputs and outputs
     python tests/benchmarks/bench.py --scaling          time per pixel, and one thread against two
 """
@@ -55,6 +56,8 @@ SLOW_SECONDS = 10  # after which, and three rounds, an implementation gets no mo
 def main() -> None:
     arguments = parse_arguments()
     start_tensorflow(arguments.threads)
+    if arguments.device == "gpu":
+        use_the_gpu()
     if arguments.peak:
         print(json.dumps(peak_bytes(arguments.peak, arguments)))
         return
@@ -96,6 +99,8 @@ def parse_arguments() -> argparse.Namespace:
     for mode in arguments.modes:
         if mode not in MODES:
             parser.error(f"--modes: {mode} is none of {', '.join(MODES)}")
+    if arguments.device == "gpu" and (arguments.memory or arguments.scaling):
+        parser.error("--memory and --scaling are for --device cpu")
     return arguments
 
 
@@ -107,6 +112,24 @@ def start_tensorflow(threads: int) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.get_logger().setLevel("ERROR")  # every shape has functions of its own: retracing is meant
+
+
+def use_the_gpu() -> None:
+    """Ends the run where the op would not run on a GPU; otherwise nothing runs elsewhere."""
+    import tensorflow as tf
+
+    import tf_mdcn
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        sys.exit("--device gpu: TensorFlow sees no GPU")
+    if tf_mdcn.build_info()["cuda"] is None:
+        sys.exit("--device gpu: tf_mdcn was built without CUDA")
+    tf.config.set_soft_device_placement(False)
+    # PyTorch has its products in float32; the comparison is of like with like.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    for gpu in gpus:  # or TensorFlow takes all memory, and PyTorch finds none
+        tf.config.experimental.set_memory_growth(gpu, True)
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -132,10 +155,15 @@ def device_name(device: str) -> str:
         return "CPU"
     import tensorflow as tf
 
-    gpus = tf.config.list_physical_devices("GPU")
-    if not gpus:
-        sys.exit("--device gpu: TensorFlow sees no GPU")
-    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+    import tf_mdcn
+
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    build = tf.sysconfig.get_build_info()
+    return (
+        f"{details.get('device_name')}, without TensorFloat-32; kernels of CUDA "
+        f"{tf_mdcn.build_info()['cuda']}, TensorFlow of CUDA {build.get('cuda_version')} and "
+        f"cuDNN {build.get('cudnn_version')}"
+    )
 
 
 def print_environment(information: dict[str, Any]) -> None:
@@ -211,18 +239,24 @@ def verify(workload: Workload, arguments: argparse.Namespace) -> None:
     check(expected, same.numpy(same.forward(), "output"), "tf.nn.conv2d at offset 0")
 
 
-def call_time(implementation: Any, mode: str) -> float:
+def call_time(implementation: Any, mode: str, calls: int = 1) -> float:
+    """Seconds for a call; the mean of several, of which none waits for the one before."""
     operation = getattr(implementation, mode)
     implementation.synchronize()
     start = time.perf_counter()
-    operation()
+    for _ in range(calls):
+        operation()
     implementation.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
-def measure(prepared: dict[str, Any], mode: str, rounds: int) -> dict[str, list[float]]:
+def measure(
+    prepared: dict[str, Any], mode: str, rounds: int, queued: bool = False
+) -> dict[str, list[float]]:
     """Seconds of the calls, by implementation: in turns, so that what the machine does besides hits
     all of them. At its turn each first runs untimed, so as to find the caches as it leaves them.
+
+    On a GPU calls are queued, as in training, so that the time to start one hides behind another.
     """
     counts = {}
     for name, implementation in prepared.items():
@@ -238,6 +272,9 @@ def measure(prepared: dict[str, Any], mode: str, rounds: int) -> dict[str, list[
                 continue
             if count > 1:  # a call as long as a whole turn warms itself up
                 call_time(prepared[name], mode)
+            if queued:
+                seconds[name].append(call_time(prepared[name], mode, count))
+                continue
             # A round counts once, however many calls it had.
             times = [call_time(prepared[name], mode) for _ in range(count)]
             seconds[name].append(statistics.median(times))
@@ -266,9 +303,10 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         verify(workload, arguments)
         prepared = prepare(workload, arguments)
         for mode in arguments.modes:
+            queued = arguments.device == "gpu"
             row = {
                 name: summary(workload, mode, arguments.dtype, seconds)
-                for name, seconds in measure(prepared, mode, arguments.rounds).items()
+                for name, seconds in measure(prepared, mode, arguments.rounds, queued).items()
             }
             floor = row.get(Floor.name)
             for cell in row.values():

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib.metadata
 
-import ml_dtypes
 import numpy as np
 from oracle import Case
 
@@ -60,7 +59,7 @@ class TensorFlowImplementation(Implementation):
     def __init__(self, case, output_gradient, threads, device):
         import tensorflow as tf
 
-        self.case = case
+        self.case, self.device = case, device
         with tf.device("GPU:0" if device == "gpu" else "CPU:0"):
             self.tensors = {name: tf.identity(tensor) for name, tensor in case.tensors.items()}
             self.output_gradient = tf.identity(output_gradient)
@@ -115,7 +114,7 @@ class Floor(TensorFlowImplementation):
         )
 
     def step(self):
-        if self.case.dilations != (1, 1):
+        if self.case.dilations != (1, 1) and self.device == "cpu":
             raise UnsupportedError("TensorFlow has no gradient of a dilated conv2d on the CPU")
         return super().step()
 
@@ -269,8 +268,10 @@ class TorchVision(Implementation):
         import torch
         import torchvision
 
-        if case.inputs.dtype not in (np.float32, np.float64) and device == "cpu":
-            raise UnsupportedError("no half precision on the CPU")
+        if case.inputs.dtype not in (np.float32, np.float64):
+            raise UnsupportedError("positions in 16 bits; under autocast it computes in float32")
+        if device == "gpu" and not torch.cuda.is_available():
+            raise UnsupportedError("PyTorch sees no GPU")
         torch.set_num_threads(threads)
         self.torch, self.case = torch, case
         self.function = torchvision.ops.deform_conv2d
@@ -281,9 +282,6 @@ class TorchVision(Implementation):
         self.output_gradient = self.tensor(channels_first(output_gradient))
 
     def tensor(self, array):
-        if array.dtype == ml_dtypes.bfloat16:  # PyTorch does not know NumPy's
-            bits = np.ascontiguousarray(array).view(np.int16)
-            return self.torch.from_numpy(bits).view(self.torch.bfloat16).to(self.device)
         return self.torch.tensor(np.ascontiguousarray(array), device=self.device)
 
     def call(self):

@@ -718,31 +718,35 @@ void TestBiasGradient() {
 
 // ---- The driver ---------------------------------------------------------------------------------
 
-// The matrix product by its definition in matrix_product.h.
+// Column-major BLAS by its definition, with what it asks of its arguments, as the OpKernels call
+// it.
 template <typename T>
 class PlainProduct : public mdcn::cuda::MatrixProduct<T> {
  public:
   Status Multiply(const mdcn::cuda::MatrixProductCall<T>& call) override {
     ++calls;
-    Expect(call.batch > 0 && call.rows > 0 && call.columns > 0 && call.depth > 0,
-           "a product without elements");
     Expect(!call.result.transposed, "a transposed result");
     if (fail_after-- == 0) return Status::Internal("the product failed");
-    const auto at = [](const auto& m, int64_t b, int64_t i, int64_t j) {
-      if (m.transposed) std::swap(i, j);
-      return b * m.batch_step + i * m.row_step + j;
-    };
-    for (int64_t b = 0; b < call.batch; ++b) {
-      for (int64_t i = 0; i < call.rows; ++i) {
-        for (int64_t j = 0; j < call.columns; ++j) {
-          T& result = call.result.data[at(call.result, b, i, j)];
-          ComputeType<T> sum = 0;
-          for (int64_t k = 0; k < call.depth; ++k) {
-            sum += static_cast<ComputeType<T>>(Decode(call.left.data[at(call.left, b, i, k)])) *
-                   static_cast<ComputeType<T>>(Decode(call.right.data[at(call.right, b, k, j)]));
+    const auto gemm = mdcn::cuda::ToColumnMajor(call);
+    Expect(gemm.m > 0 && gemm.n > 0 && gemm.k > 0 && gemm.batch > 0, "a product without elements");
+    Expect(gemm.lda >= (gemm.transpose_a ? gemm.k : gemm.m), "lda is too small");
+    Expect(gemm.ldb >= (gemm.transpose_b ? gemm.n : gemm.k), "ldb is too small");
+    Expect(gemm.ldc >= gemm.m, "ldc is too small");
+    using Real = ComputeType<T>;
+    const auto real = [](T value) { return static_cast<Real>(Decode(value)); };
+    for (int64_t item = 0; item < gemm.batch; ++item) {
+      const T* const a = gemm.a + item * gemm.stride_a;
+      const T* const b = gemm.b + item * gemm.stride_b;
+      T* const c = gemm.c + item * gemm.stride_c;
+      for (int64_t j = 0; j < gemm.n; ++j) {
+        for (int64_t i = 0; i < gemm.m; ++i) {
+          T& result = c[i + j * gemm.ldc];
+          Real sum = 0;
+          for (int64_t p = 0; p < gemm.k; ++p) {
+            sum += real(gemm.transpose_a ? a[p + i * gemm.lda] : a[i + p * gemm.lda]) *
+                   real(gemm.transpose_b ? b[j + p * gemm.ldb] : b[p + j * gemm.ldb]);
           }
-          result = Encode<T>(sum + (call.accumulate ? static_cast<ComputeType<T>>(Decode(result))
-                                                    : ComputeType<T>(0)));
+          result = Encode<T>(gemm.accumulate ? real(result) + sum : sum);
         }
       }
     }
@@ -948,6 +952,13 @@ void TestErrors() {
       Expect(mentions(function(runner.execution), "failed: invalid argument"),
              "the failure of launch " + std::to_string(i) + " is lost");
       Expect(cuda_emulation::LaunchCount() == start + i, "a launch follows one that failed");
+    }
+    for (const auto& [error, remedy] :
+         {std::pair(cudaErrorNoKernelImageForDevice,
+                    ". Build tf_mdcn with this GPU's architecture"),
+          std::pair(cudaErrorInsufficientDriver, "runtime version. Update the driver, or build")}) {
+      cuda_emulation::FailAfter(0, error);
+      Expect(mentions(function(runner.execution), remedy), std::string("no remedy") + remedy);
     }
     cuda_emulation::FailAfter(-1);
     for (int i = 0; i < calls; ++i) {

@@ -15,9 +15,22 @@
 
 namespace mdcn::cuda {
 
+// What a user can do about an error that comes from how the library was built, or nothing.
+inline const char* RemedyFor(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+      return ". Build tf_mdcn with this GPU's architecture in TF_MDCN_CUDA_ARCHS";
+    case cudaErrorInsufficientDriver:
+      return ". Update the driver, or build tf_mdcn with an older nvcc";
+    default:
+      return "";
+  }
+}
+
 inline Status CheckCuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return Status();
-  return Status::Internal(std::string("CUDA: ") + what + " failed: " + cudaGetErrorString(error));
+  return Status::Internal(std::string("ModulatedDeformConv2D: ") + what +
+                          " failed: " + cudaGetErrorString(error) + RemedyFor(error));
 }
 
 // Launches at most `blocks` blocks of kThreadsPerBlock threads; no blocks, no launch.

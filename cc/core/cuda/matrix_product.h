@@ -23,14 +23,6 @@ struct MatrixBatch {
 // [0, batch), where result[b] is rows x columns, left[b] rows x depth and right[b] depth x columns
 // (after transposition). The result is never transposed, its matrices never overlap, and no size is
 // 0. Elements are summed in ComputeType<T> at least.
-//
-// A column-major BLAS sees every matrix transposed, so it is asked for result^T = right^T * left^T:
-//   gemm_strided_batched(transa = right.transposed, transb = left.transposed,
-//                        m = columns, n = rows, k = depth, alpha = 1,
-//                        a = right.data, lda = right.row_step, stride_a = right.batch_step,
-//                        b = left.data, ldb = left.row_step, stride_b = left.batch_step,
-//                        beta = accumulate, c = result.data, ldc = result.row_step,
-//                        stride_c = result.batch_step, batch)
 template <typename T>
 struct MatrixProductCall {
   int64_t batch;
@@ -39,6 +31,42 @@ struct MatrixProductCall {
   MatrixBatch<T> result;
   bool accumulate;
 };
+
+// The arguments of BLAS's gemm_strided_batched: c = a * b, or c += a * b, in column-major order.
+template <typename T>
+struct GemmArguments {
+  bool transpose_a, transpose_b;
+  int64_t m, n, k;
+  const T* a;
+  int64_t lda, stride_a;
+  const T* b;
+  int64_t ldb, stride_b;
+  bool accumulate;  // beta
+  T* c;
+  int64_t ldc, stride_c;
+  int64_t batch;
+};
+
+// Column-major BLAS sees every matrix transposed: it is asked for result^T = right^T * left^T.
+template <typename T>
+GemmArguments<T> ToColumnMajor(const MatrixProductCall<T>& call) {
+  return {call.right.transposed,
+          call.left.transposed,
+          call.columns,
+          call.rows,
+          call.depth,
+          call.right.data,
+          call.right.row_step,
+          call.right.batch_step,
+          call.left.data,
+          call.left.row_step,
+          call.left.batch_step,
+          call.accumulate,
+          call.result.data,
+          call.result.row_step,
+          call.result.batch_step,
+          call.batch};
+}
 
 // Enqueues products on the stream that the kernels run on.
 template <typename T>

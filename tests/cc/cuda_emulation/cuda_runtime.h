@@ -22,7 +22,13 @@
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidResourceHandle };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidResourceHandle,
+  cudaErrorInsufficientDriver,
+  cudaErrorNoKernelImageForDevice,
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 
 struct dim3 {
@@ -55,7 +61,7 @@ int ResidentBlocks();
 void SetSchedule(unsigned seed);
 // Work on any other stream fails, as does the launch after `launches` more if that is not negative.
 void SetStream(cudaStream_t stream);
-void FailAfter(int launches);
+void FailAfter(int launches, cudaError_t error = cudaErrorInvalidValue);
 int64_t LaunchCount();
 
 cudaError_t Launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread);

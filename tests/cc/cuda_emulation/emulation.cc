@@ -92,6 +92,7 @@ Device device;
 unsigned schedule = 0;
 cudaStream_t expected_stream = nullptr;
 int fail_after = -1;
+cudaError_t failure = cudaSuccess;
 int64_t launches = 0;
 int done_tag;  // what every thread of a launch releases at its end
 
@@ -243,16 +244,19 @@ void SetDevice(const Device& new_device) { device = new_device; }
 int ResidentBlocks() { return device.resident_blocks; }
 void SetSchedule(unsigned seed) { schedule = seed; }
 void SetStream(cudaStream_t stream) { expected_stream = stream; }
-void FailAfter(int after_launches) { fail_after = after_launches; }
+void FailAfter(int after_launches, cudaError_t error) {
+  fail_after = after_launches;
+  failure = error;
+}
 int64_t LaunchCount() { return launches; }
 
 cudaError_t Launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   static std::vector<std::unique_ptr<Block>> blocks;
   if (config.stream != expected_stream) return cudaErrorInvalidResourceHandle;
-  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > 1024 ||
-      fail_after-- == 0) {
+  if (config.gridDim.x == 0 || config.blockDim.x == 0 || config.blockDim.x > 1024) {
     return cudaErrorInvalidValue;
   }
+  if (fail_after-- == 0) return failure;
   ++launches;
   while (blocks.size() < config.gridDim.x) {
     blocks.push_back(std::make_unique<Block>(config.blockDim.x));
@@ -276,7 +280,19 @@ int OwnLane() { return static_cast<int>(threadIdx.x % kWarpSize); }
 }  // namespace cuda_emulation
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidValue ? "invalid argument" : "invalid resource handle";
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidResourceHandle:
+      return "invalid resource handle";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+  }
+  return "unrecognized error code";
 }
 
 cudaError_t cudaGetDevice(int* current) {
