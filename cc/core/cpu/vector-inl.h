@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -56,9 +56,26 @@ MDCN_INLINE Vector<Element, kCount> LoadRaw(const Element* from) {
   return vector;
 }
 
+// GCC 12 widens the two halves of a vector one by one and joins them: one instruction where there
+// is one.
 template <int kCount>
 MDCN_INLINE Vector<uint32_t, kCount> LoadBits(const void* from) {
   const auto bits = LoadRaw<kCount>(static_cast<const uint16_t*>(from));
+#if defined(__AVX512F__)
+  if constexpr (kCount == 16) {
+    return BitCast<Vector<uint32_t, 16>>(
+        _mm512_maskz_cvtepu16_epi32(0xffff, BitCast<__m256i>(bits)));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kCount == 8) {
+    return BitCast<Vector<uint32_t, 8>>(_mm256_cvtepu16_epi32(BitCast<__m128i>(bits)));
+  }
+  if constexpr (kCount == 4) {
+    return BitCast<Vector<uint32_t, 4>>(
+        _mm_cvtepu16_epi32(_mm_cvtsi64_si128(BitCast<int64_t>(bits))));
+  }
+#endif
   if constexpr (kCount == 1) {
     return bits;
   } else {
@@ -95,6 +112,10 @@ MDCN_INLINE Vector<float, kCount> Load(const Half* from) {
   if constexpr (kCount == 8) {
     return _mm256_cvtph_ps(BitCast<__m128i>(LoadRaw<8>(&from->bits)));
   }
+  if constexpr (kCount == 4) {
+    return _mm_cvtph_ps(_mm_cvtsi64_si128(BitCast<int64_t>(LoadRaw<4>(&from->bits))));
+  }
+  if constexpr (kCount == 1) return _cvtsh_ss(from->bits);
 #endif
   using Bits = Vector<uint32_t, kCount>;
   using Reals = Vector<float, kCount>;
