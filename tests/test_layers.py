@@ -831,6 +831,40 @@ def test_other_inputs_than_built_for_are_refused():
         layer([np.zeros((2, 9, 10, 4)), np.zeros((2, 9, 10, 4))])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "right", "wrong", "message"),
+    [
+        (
+            {"data_format": "channels_first", "dilation_rate": 3},
+            (1, 4, 8, 8),
+            (1, 4, 2, 2),
+            (
+                "the padded input must be at least as large as the dilated kernel; received "
+                "in_height=2, padding 0, dilated kernel_height=7"
+            ),
+        ),
+        (
+            {},
+            [(1, 8, 8, 4), (1, 8, 8, 3)],
+            [(1, 8, 8, 4), (1, 5, 5, 3)],
+            (
+                "features must have rank 4 and the batch size, height and width of x = [1, 8, 8]; "
+                "received shape [1, 5, 5, 3]"
+            ),
+        ),
+    ],
+)
+def test_sizes_refused_once_built(arguments, right, wrong, message):
+    """In the layer's words, not in those of the operations that it calls."""
+    layer = ModulatedDeformConv2D(6, 3, **arguments)
+    layer.build(right)
+    inputs = np.zeros(wrong) if isinstance(wrong, tuple) else [np.zeros(x) for x in wrong]
+    for call in (layer, layer.predict_offset_and_mask):
+        with pytest.raises(ValueError) as error:
+            call(inputs)
+        assert f"ModulatedDeformConv2D: {message}" in str(error.value)
+
+
 def test_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     with pytest.raises(RuntimeError) as error:

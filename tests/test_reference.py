@@ -344,6 +344,41 @@ def test_unknown_shapes(unknown, padding, data_format, request):
     assert_agrees(case, np.float64, run)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offset": (2, 4, 9, 18)}, r"offset, channels last, must have shape.*2 6 6 18.*2 4 9 18"),
+        ({"offset": (4, 3, 6, 18)}, r"offset, channels last, must have shape.*2 6 6 18.*4 3 6 18"),
+        ({"mask": (1, 12, 6, 9)}, r"mask, channels last, must have shape.*2 6 6 9.*1 12 6 9"),
+        ({"bias": (1,)}, r"bias, channels last, must have shape.*5.*1"),
+        ({"filters": (3, 3, 2, 5)}, r"filters, channels last, must have shape.*3 3 4 5.*3 3 2 5"),
+        (
+            {"inputs": (2, 2, 8, 4), "offset": (2, 0, 6, 18), "mask": (2, 0, 6, 9)},
+            "the padded input must be at least as large as the dilated kernel.*2 8",
+        ),
+    ],
+)
+def test_shapes_that_turn_out_wrong_at_run_time(changes, message):
+    """Of the right number of elements, mostly: they must not be taken for another shape."""
+    shapes = {
+        "inputs": (2, 8, 8, 4),
+        "filters": (3, 3, 4, 5),
+        "offset": (2, 6, 6, 18),
+        "mask": (2, 6, 6, 9),
+        "bias": (5,),
+    }
+    specs = {name: tf.TensorSpec([None] * len(shape)) for name, shape in shapes.items()}
+    convolve = tf.function(
+        lambda tensors: reference.modulated_deform_conv2d(**tensors), input_signature=[specs]
+    )
+    right = {name: tf.ones(shape) for name, shape in shapes.items()}
+    assert convolve(right).shape == (2, 6, 6, 5)
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=f"(?s)ModulatedDeformConv2D: {message}"
+    ):
+        convolve(right | {name: tf.ones(shape) for name, shape in changes.items()})
+
+
 @pytest.mark.parametrize("sizes", ["batch", "all"])
 def test_unknown_batch_may_be_empty(sizes):
     case = oracle.random_case(batch=0)

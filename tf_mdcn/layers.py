@@ -292,6 +292,7 @@ class ModulatedDeformConv2D(keras.layers.Layer):
         )
 
     def call(self, inputs: Any) -> tf.Tensor:
+        self._check_shapes(inputs)
         inputs, features = _split(inputs)
         offset, mask = self._predict(features)
         outputs = ops.modulated_deform_conv2d(
@@ -334,6 +335,7 @@ class ModulatedDeformConv2D(keras.layers.Layer):
         )
         if not self.built:
             self.build(keras.tree.map_structure(lambda x: tuple(x.shape), inputs))
+        self._check_shapes(inputs)
         features = _split(inputs)[1]
         expected, received = self.offset_kernel.shape[2], features.shape[self._channel_axis]
         if received != expected:
@@ -403,6 +405,10 @@ class ModulatedDeformConv2D(keras.layers.Layer):
     def _samples(self):
         """Samples per output position: deformable groups times kernel taps."""
         return self.deformable_groups * math.prod(self.kernel_size)
+
+    def _check_shapes(self, inputs):
+        """Says in the layer's words what an operation would say in its own."""
+        self.compute_output_shape(keras.tree.map_structure(lambda x: tuple(x.shape), inputs))
 
     def _check_features_shape(self, inputs_shape, features_shape):
         axes = (0, *self._spatial_axes)

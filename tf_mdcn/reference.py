@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -141,6 +142,9 @@ def modulated_deform_conv2d(
                 None if image is None else tf.transpose(image, (0, 2, 3, 1))
                 for image in (inputs, offset, mask)
             )
+        inputs, filters, offset, mask, bias = _checked_at_run_time(
+            _make_plan(arguments, inputs, filters), inputs, filters, offset, mask, bias
+        )
         outputs = _convolve(arguments, inputs, filters, offset, mask)
         if bias is not None:
             outputs += bias
@@ -148,6 +152,50 @@ def modulated_deform_conv2d(
         if arguments.data_format == "channels_first":
             outputs = tf.transpose(outputs, (0, 3, 1, 2))
         return outputs
+
+
+def _checked_at_run_time(plan: _Plan, inputs, filters, offset, mask, bias):
+    """The tensors, to be had only if the sizes that nobody knew before are right too.
+
+    A wrong shape of the right size would otherwise be reshaped into one that means nothing.
+    """
+    groups = plan.arguments.deformable_groups
+    samples = groups * plan.taps
+    tensors = {"inputs": inputs, "filters": filters, "offset": offset, "mask": mask, "bias": bias}
+    expected = {
+        "filters": (*plan.kernel_size, plan.in_channels // plan.groups, plan.out_channels),
+        "offset": (plan.batch, *plan.out_size, 2 * samples),
+        "mask": (plan.batch, *plan.out_size, samples),
+        "bias": (plan.out_channels,),
+    }
+    checks = []
+    if not _all_known(plan.out_size):
+        checks.append(
+            tf.debugging.Assert(
+                tf.reduce_all(tf.stack(plan.out_size) > 0),
+                [
+                    f"{_OP}: the padded input must be at least as large as the dilated kernel; "
+                    "received an input of height and width",
+                    tf.stack(plan.in_size),
+                ],
+            )
+        )
+    for name, sizes in expected.items():
+        tensor = tensors[name]
+        if tensor is None or _all_known((*_sizes(tensor), *sizes)):
+            continue
+        wanted, received = tf.stack(sizes), tf.shape(tensor)
+        checks.append(
+            tf.debugging.Assert(
+                tf.reduce_all(wanted == received),
+                [f"{_OP}: {name}, channels last, must have shape", wanted, "; received", received],
+                summarize=4,
+            )
+        )
+    if not checks:
+        return tuple(tensors.values())
+    with tf.control_dependencies(checks):
+        return tuple(None if x is None else tf.identity(x) for x in tensors.values())
 
 
 def _convolve(arguments, inputs, filters, offset, mask):
@@ -567,6 +615,10 @@ def _sizes(tensor) -> list[_Size]:
         return static
     dynamic = tf.shape(tensor)
     return [dynamic[i] if size is None else size for i, size in enumerate(static)]
+
+
+def _all_known(sizes: Iterable[_Size]) -> bool:
+    return not any(map(tf.is_tensor, sizes))
 
 
 def _known(size: _Size) -> int | None:
