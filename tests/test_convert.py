@@ -1,5 +1,10 @@
 """Model surgery, and weights to and from torchvision's."""
 
+import inspect
+import re
+import textwrap
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -153,6 +158,43 @@ def test_surgery_errors():
         replace(Subclassed())
 
 
+ALLOWED = (
+    "deformable_groups, modulated, mask_scale, offset_kernel_initializer, offset_bias_initializer, "
+    "offset_kernel_regularizer, offset_bias_regularizer, offset_kernel_constraint, "
+    "offset_bias_constraint, offset_lr_multiplier, max_offset"
+)
+
+
+@pytest.mark.parametrize(
+    "arguments, received",
+    [
+        ({"filters": 7}, "filters"),
+        ({"foo": 1}, "foo"),
+        ({"max_offset": 1.0, "name": "x", "foo": 1}, "name, foo"),
+    ],
+)
+def test_layer_arguments_of_other_names_refused(arguments, received):
+    def select(layer):
+        raise AssertionError("the arguments come before the model")
+
+    with pytest.raises(TypeError) as error:
+        tf_mdcn.convert.replace_conv2d(make_model(), select, **arguments)
+    assert str(error.value) == (
+        f"tf_mdcn.convert.replace_conv2d: layer_arguments must be of {ALLOWED}; received {received}"
+    )
+
+
+def test_layer_arguments_of_wrong_values_refused_in_the_words_of_the_layer():
+    with pytest.raises(ValueError, match=r"^ModulatedDeformConv2D: mask_scale must .*received -1$"):
+        tf_mdcn.convert.replace_conv2d(make_model(), mask_scale=-1)
+
+
+def test_every_layer_argument_named_is_taken():
+    config = ModulatedDeformConv2D(5, 2).get_config()
+    arguments = {name: config[name] for name in ALLOWED.split(", ")}
+    assert deformable_names(tf_mdcn.convert.replace_conv2d(make_model(), ["last"], **arguments))
+
+
 def torch_state(prefix="", name="conv_offset", groups=2, deformable_groups=4):
     rng = np.random.default_rng(3)
     return {
@@ -258,6 +300,10 @@ def test_weights_errors():
         ValueError, match=r"from_torchvision: state must have 'a\.weight'; received b"
     ):
         read({"b": 0}, "a.")
+    with pytest.raises(
+        ValueError, match=r"from_torchvision: state must have 'weight'; received no weights$"
+    ):
+        read({})
     with pytest.raises(ValueError, match=r"weight must have 4 axes; received \[3, 4\]"):
         read({"weight": np.zeros((3, 4))})
     with pytest.raises(
@@ -266,6 +312,10 @@ def test_weights_errors():
         read({**torch_state(), "conv_offset.weight": np.zeros((72, 8, 1, 1))})
     with pytest.raises(ValueError, match=r"to_torchvision: weights must have 'kernel'; received b"):
         write({"b": 0})
+    with pytest.raises(
+        ValueError, match=r"to_torchvision: weights must have 'kernel'; received no weights$"
+    ):
+        write({})
     with pytest.raises(
         ValueError, match=r"to_torchvision: kernel must have 4 axes; received \[3\]"
     ):
@@ -279,3 +329,148 @@ def test_weights_errors():
 def test_variables_are_taken_too():
     kernel = tf.Variable(np.zeros((3, 2, 4, 6), np.float32))
     assert tf_mdcn.convert.to_torchvision({"kernel": kernel})["weight"].shape == (6, 4, 3, 2)
+
+
+def test_wrong_types_refused():
+    read, write = tf_mdcn.convert.from_torchvision, tf_mdcn.convert.to_torchvision
+
+    class DeformConv2d:  # a module in the place of its state_dict()
+        pass
+
+    for value, received in [
+        (DeformConv2d(), "an object of type DeformConv2d"),
+        (None, "None"),
+        (["weight"], "an object of type list"),
+    ]:
+        with pytest.raises(TypeError) as error:
+            read(value)
+        assert str(error.value) == (
+            "tf_mdcn.convert.from_torchvision: state must be a mapping from names to arrays, such "
+            f"as module.state_dict(); received {received}"
+        )
+    for value, received in [
+        (keras.layers.Conv2D(3, 3), "an object of type Conv2D"),
+        (None, "None"),
+        (["kernel"], "an object of type list"),
+    ]:
+        with pytest.raises(TypeError) as error:
+            write(value)
+        assert str(error.value) == (
+            "tf_mdcn.convert.to_torchvision: weights must be a ModulatedDeformConv2D or a mapping "
+            f"from names to arrays; received {received}"
+        )
+
+
+class Tensor:
+    """As PyTorch's: NumPy reads it only without gradient, on the CPU, and not of bfloat16."""
+
+    def __init__(self, array, dtype="float32", requires_grad=False, device="cpu"):
+        self.array, self.dtype = array, dtype
+        self.requires_grad, self.device = requires_grad, device
+
+    def detach(self):
+        return Tensor(self.array, self.dtype, False, self.device)
+
+    def float(self):
+        return Tensor(self.array, "float32", self.requires_grad, self.device)
+
+    def __array__(self, dtype=None, copy=None):
+        if self.requires_grad:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+        if self.device != "cpu":
+            raise TypeError(f"can't convert {self.device} device type tensor to numpy.")
+        if self.dtype == "bfloat16":
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        return self.array
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensors_are_read(dtype, requires_grad):
+    state = torch_state()
+    expected = tf_mdcn.convert.from_torchvision(state)
+    tensors = {name: Tensor(array, dtype, requires_grad) for name, array in state.items()}
+    weights = tf_mdcn.convert.from_torchvision(tensors)
+    assert list(weights) == list(expected)
+    for name, array in weights.items():
+        assert array.dtype == np.float32 and np.array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize("value", [Tensor(np.zeros((3, 4, 3, 3)), device="cuda:0")])
+def test_tensors_elsewhere_refused(value):
+    with pytest.raises(TypeError) as error:
+        tf_mdcn.convert.from_torchvision({"a.weight": value}, "a.")
+    assert str(error.value) == (
+        "tf_mdcn.convert.from_torchvision: a.weight must be an array, or a tensor in the memory of "
+        "the CPU; received an object of type Tensor: can't convert cuda:0 device type tensor to "
+        "numpy."
+    )
+
+
+def test_bfloat16_layer_gives_float32():
+    layer = ModulatedDeformConv2D(6, 3, dtype="bfloat16")
+    layer.build((None, 9, 9, 4))
+    assert layer.kernel.dtype == "bfloat16"
+    state = tf_mdcn.convert.to_torchvision(layer)
+    assert {array.dtype.name for array in state.values()} == {"float32"}
+    assert np.array_equal(state["weight"][5, 2], np.asarray(layer.kernel)[:, :, 2, 5])
+    assert (
+        tf_mdcn.convert.to_torchvision({"kernel": np.zeros((3, 3, 1, 1), np.float16)})[
+            "weight"
+        ].dtype
+        == np.float16
+    )
+
+
+class Module:
+    """As PyTorch's: load_state_dict takes the names that the module has, no more and no fewer."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        assert list(state) == list(self.state)
+        self.state = state
+
+
+def run_what_the_docstring_says(function, block, **names):
+    """Runs the indented code of the given number that stands before the docstring's "Args:"."""
+    text = inspect.cleandoc(function.__doc__).split("Args:")[0]
+    code = textwrap.dedent(re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)[block])
+    names = {**vars(tf_mdcn.convert), **names}
+    exec(code, names)
+
+
+def test_plain_modules_as_the_docstrings_say():
+    """A plain module has two of the layer's four weights; each side's loading takes only all."""
+    packed = torch_state(deformable_groups=1)
+    plain = Module({name: packed[name] for name in ("weight", "bias")})
+    layer = ModulatedDeformConv2D(6, (3, 2), groups=2, offset_bias_initializer="ones")
+    layer.build((None, 9, 9, 8))
+    read, write = tf_mdcn.convert.from_torchvision, tf_mdcn.convert.to_torchvision
+    with pytest.raises(ValueError, match="length 2, but the layer was expecting 4"):
+        run_what_the_docstring_says(read, 1, module=plain, layer=layer)
+    run_what_the_docstring_says(read, 0, module=plain, layer=layer)
+    assert np.array_equal(layer.kernel[:, :, 3, 5], plain.state["weight"][5, 3])
+    assert np.array_equal(layer.bias, plain.state["bias"])
+    assert np.all(np.asarray(layer.offset_bias) == 1)
+    new = Module(dict.fromkeys(plain.state))
+    torch = types.SimpleNamespace(from_numpy=np.asarray)
+    run_what_the_docstring_says(write, 0, module=new, layer=layer, torch=torch)
+    assert all(np.array_equal(new.state[name], array) for name, array in plain.state.items())
+
+
+def test_packed_modules_as_the_docstrings_say():
+    state = torch_state(deformable_groups=1)
+    del state["other.weight"]
+    layer = ModulatedDeformConv2D(6, (3, 2), groups=2)
+    layer.build((None, 9, 9, 8))
+    run_what_the_docstring_says(
+        tf_mdcn.convert.from_torchvision, 1, module=Module(state), layer=layer
+    )
+    back = tf_mdcn.convert.to_torchvision(layer)
+    assert list(back) == list(state)
+    assert all(np.array_equal(back[name], array) for name, array in state.items())

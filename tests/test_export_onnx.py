@@ -207,6 +207,25 @@ def test_opset_must_be_one_that_is_tested(tmp_path, opset):
         tf_mdcn.export.onnx(make_model(), tmp_path / "model.onnx", opset=opset)
 
 
+def test_opset_may_be_any_integer_type(tmp_path):
+    path = str(tmp_path / "model.onnx")
+    image = keras.Input((7, 9, 4), name="image")
+    model = keras.Model(image, ModulatedDeformConv2D(6, 3)(image))
+    tf_mdcn.export.onnx(model, path, opset=np.int64(20))
+    assert {entry.domain: entry.version for entry in onnx.load(path).opset_import}[""] == 20
+
+
+def test_onnxruntime_has_no_float64_convolution(tmp_path):
+    """What the docstring says of float64 layers: the file is valid, ONNX Runtime lacks its Conv."""
+    path = str(tmp_path / "model.onnx")
+    image = keras.Input((7, 9, 4), dtype="float64", name="image")
+    model = keras.Model(image, ModulatedDeformConv2D(6, 3, dtype="float64")(image))
+    tf_mdcn.export.onnx(model, path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    with pytest.raises(Exception, match=r"NOT_IMPLEMENTED.*\bConv\("):
+        run_onnxruntime(path, {})
+
+
 def test_absent_packages_are_errors_that_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
     with pytest.raises(ImportError, match=r"without tf2onnx.*pip install 'tf_mdcn\[onnx\]'"):

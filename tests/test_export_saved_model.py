@@ -226,6 +226,10 @@ def test_errors(tmp_path, monkeypatch):
         tf_mdcn.export.saved_model(model, tmp_path, input_signature=["image"])
     with pytest.raises(TypeError, match=r"input_signature must hold.*received InputSpec"):
         tf_mdcn.export.saved_model(model, tmp_path, input_signature=[keras.InputSpec(ndim=4)])
+    bare = tf.TensorSpec((None, 7, 9, 4), tf.float32, "image")
+    message = r"saved_model: input_signature must be the list of the call's.*received TensorSpec"
+    with pytest.raises(TypeError, match=message):
+        tf_mdcn.export.saved_model(model, tmp_path, input_signature=bare)
     twice = [tf.TensorSpec((None, 7, 9, 4), tf.float32, "image")] * 2
     with pytest.raises(ValueError, match="inputs must have different names; received image, image"):
         tf_mdcn.export.saved_model(model, tmp_path, input_signature=twice)
@@ -244,6 +248,17 @@ def test_errors(tmp_path, monkeypatch):
 def test_no_warmup_file_without_warmup_inputs(tmp_path):
     tf_mdcn.export.saved_model(small_model(), tmp_path / "1")
     assert not (tmp_path / "1" / "assets.extra").exists()
+
+
+def test_exporting_again_replaces_the_warmup_requests(tmp_path):
+    folder = tmp_path / "1"
+    file = folder / "assets.extra" / "tf_serving_warmup_requests"
+    x = make_images(2, 7, 9)
+    tf_mdcn.export.saved_model(small_model(), folder, warmup_inputs=[x, x])
+    tf_mdcn.export.saved_model(small_model(), folder, warmup_inputs=[x])
+    assert len(list(tf.data.TFRecordDataset(str(file)))) == 1
+    tf_mdcn.export.saved_model(small_model(), folder)
+    assert not file.exists()
 
 
 def test_warmup_casts_to_the_input_type(tmp_path):

@@ -91,6 +91,39 @@ def test_errors(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("policy", "received"),
+    [("float64", "float64"), ("mixed_float16", "float16"), ("mixed_bfloat16", "bfloat16")],
+)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("inside", [False, True], ids=["layer", "function"])
+def test_compute_must_be_float32(tmp_path, policy, received, activation, inside):
+    """Also inside a tf.function, between casts that hide it."""
+    image = keras.Input((7, 9, 4), name="image")
+    layer = ModulatedDeformConv2D(6, 3, activation=activation, dtype=policy)
+    if inside:
+        layer.build((None, 7, 9, 4))
+        function = tf.function(lambda x: tf.cast(layer(x), tf.float32))
+        model = keras.Model(image, keras.layers.Lambda(function, output_shape=(5, 7, 6))(image))
+    else:
+        model = keras.Model(image, layer(image))
+    path = tmp_path / "model.tflite"
+    message = rf"^tf_mdcn.export.tflite: model must compute in float32; received {received} in "
+    with pytest.raises(ValueError, match=message):
+        tf_mdcn.export.tflite(model, path)
+    assert not path.exists()
+
+
+def test_casts_from_other_types_are_no_compute(tmp_path):
+    """An input of another type, which the first layer casts, converts."""
+    image = keras.Input((7, 9, 4), dtype="float64", name="image")
+    model = keras.Model(image, ModulatedDeformConv2D(6, 3, name="features")(image))
+    tf_mdcn.export.tflite(model, tmp_path / "model.tflite")
+    x = make_images(1, 7, 9).astype("float64")
+    outputs, expected = interpret(tmp_path / "model.tflite", image=x)["features"], model(x).numpy()
+    assert_close(outputs, expected, 2 * 9 * EPSILON * float(np.max(np.abs(expected))))
+
+
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_float16_refuses_images_whose_positions_it_cannot_hold(tmp_path, data_format):
     shape = (4, 2049, 1) if data_format == "channels_last" else (1, 4, 2049)

@@ -180,13 +180,17 @@ def test_tolerance_is_the_users(model_file, tmp_path, capsys, monkeypatch, toler
     )
 
 
+_SIZES = "argument --input-shape: must be sizes such as ?,480,640,3; received "
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--to", "tflite", "--opset", "19"], "--opset goes with --to onnx"),
         (["--to", "onnx", "--weights", "int8"], "--weights goes with --to tflite"),
         (["--to", "torch"], "invalid choice: 'torch'"),
-        (["--to", "onnx", "--input-shape", "a,b"], "invalid _shape value: 'a,b'"),
+        (["--to", "onnx", "--input-shape", "a,b"], _SIZES + "'a,b'"),
+        (["--to", "onnx", "--input-shape", "1,0,8,4"], _SIZES + "'1,0,8,4'"),
     ],
 )
 def test_options_that_do_not_fit(model_file, capsys, options, message):
@@ -196,10 +200,48 @@ def test_options_that_do_not_fit(model_file, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_input_shape_is_for_every_input(model_file):
-    shapes = ["--input-shape", "1,8,8,4"] * 2
-    with pytest.raises(SystemExit, match=r"--input-shape must be given once.*= 1; received 2"):
-        __main__.main(["export", model_file, "path", "--to", "onnx", *shapes])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "onnx", "--opset", "18"], r"tf_mdcn.export.onnx: opset must be .*; received 18"),
+        (["--to", "onnx", "--opset", "0"], r"tf_mdcn.export.onnx: opset must be .*; received 0"),
+        (
+            ["--to", "tflite"],
+            r".*must be known.*input_signature \(here --input-shape\); received image of shape .*",
+        ),
+        (
+            ["--to", "onnx", *["--input-shape", "1,8,8,4"] * 2],
+            "--input-shape must be given once for every input = 1; received 2",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(
+    model_file, tmp_path, capsys, options, message
+):
+    path = tmp_path / "exported"
+    with pytest.raises(SystemExit) as exit_:
+        __main__.main(["export", model_file, str(path), *options])
+    assert not path.exists()
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"python -m tf_mdcn export: error: {message}", said)
+
+
+def test_absent_files_and_packages_are_said_in_one_line(model_file, tmp_path, capsys, monkeypatch):
+    exported, absent = str(tmp_path / "exported"), str(tmp_path / "absent.keras")
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    for arguments, message in [
+        ([absent, exported, "--to", "onnx"], absent),
+        ([model_file, exported, "--to", "onnx"], "pip install 'tf_mdcn[onnx]'"),
+        ([model_file, str(file / "exported"), "--to", "saved_model"], str(file)),
+    ]:
+        with pytest.raises(SystemExit) as exit_:
+            __main__.main(["export", *arguments])
+        assert exit_.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("python -m tf_mdcn export: error: ") and message in said
 
 
 def test_difference_is_relative_to_each_output():

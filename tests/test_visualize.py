@@ -3,6 +3,7 @@
 import builtins
 import doctest
 
+import keras
 import matplotlib
 import numpy as np
 import pytest
@@ -128,11 +129,76 @@ def test_far_and_non_finite_points_do_not_shrink_the_image():
         ({"deformable_group": 1}, "deformable_group must be between -1 and 0; received 1"),
     ],
 )
-def test_indices_refused(arguments, message):
+@pytest.mark.parametrize("function", [sampling_points, plot_sampling])
+def test_indices_refused(function, arguments, message):
     layer, x = layer_with_bias(np.zeros(18))
     with pytest.raises(IndexError) as error:
-        sampling_points(layer, x, **{"position": (0, 0), **arguments})
-    assert str(error.value) == f"sampling_points: {message}"
+        function(layer, x, **{"position": (0, 0), **arguments})
+    assert str(error.value) == f"{function.__name__}: {message}"
+    assert pyplot.get_fignums() == []  # nothing drawn, nothing left open
+
+
+@pytest.mark.parametrize("function", [sampling_points, plot_sampling])
+@pytest.mark.parametrize("name", ["sample", "deformable_group"])
+def test_indices_that_are_no_integers_refused(function, name):
+    layer, x = layer_with_bias(np.zeros(18))
+    with pytest.raises(ValueError) as error:
+        function(layer, x, (0, 0), **{name: 0.5})
+    assert str(error.value) == f"{function.__name__}: {name} must be an integer; received 0.5"
+
+
+@pytest.mark.parametrize(
+    "position", [3, None, (1,), (1, 2, 3), (1.5, 2), (1, True), [], "ab", [(1, 2), 3], [(1, 2, 3)]]
+)
+def test_positions_refused(position):
+    layer, x = layer_with_bias(np.zeros(18))
+    with pytest.raises(ValueError) as error:
+        sampling_points(layer, x, position)
+    assert str(error.value) == (
+        f"sampling_points: position must be (row, column), 2 integers; received {position!r}"
+    )
+    with pytest.raises(ValueError) as error:
+        plot_sampling(layer, x, position)
+    assert str(error.value) == (
+        "plot_sampling: position must be (row, column), 2 integers, or one or more such pairs; "
+        f"received {position!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    "position, pictures",
+    [
+        ([2, 3], 1),
+        (np.array([2, 3]), 1),
+        (np.array([[2, 3], [0, 0]]), 2),
+        (((2, 3), (0, 0), (1, 1)), 3),
+        (zip([2, 0], [3, 0], strict=True), 2),
+    ],
+    ids=["list", "array", "array of two", "tuple of three", "iterator"],
+)
+def test_positions_taken(position, pictures):
+    layer, x = layer_with_bias(np.zeros(18))
+    assert len(plot_sampling(layer, x, position).collections) == 2 * pictures
+
+
+@pytest.mark.parametrize("function", [sampling_points, plot_sampling])
+def test_what_is_no_layer_and_what_is_no_batch_refused(function):
+    layer, x = layer_with_bias(np.zeros(18))
+    with pytest.raises(TypeError) as error:
+        function(keras.layers.Conv2D(4, 3, name="plain"), x, (0, 0))
+    assert str(error.value) == (
+        f"{function.__name__}: layer must be a ModulatedDeformConv2D; received "
+        "<Conv2D name=plain, built=False>"
+    )
+    with pytest.raises(ValueError) as error:
+        function(layer, x[0], (0, 0))
+    assert str(error.value) == (
+        f"{function.__name__}: inputs must have 4 axes; received shape [9, 10, 4]"
+    )
+
+
+def test_public_names():
+    assert tf_mdcn.visualize.__all__ == ["SamplingPoints", "plot_sampling", "sampling_points"]
 
 
 def test_without_matplotlib(monkeypatch):
@@ -148,7 +214,8 @@ def test_without_matplotlib(monkeypatch):
     with pytest.raises(ImportError) as error:
         plot_sampling(layer, x, (0, 0))
     assert str(error.value) == (
-        "plot_sampling needs matplotlib; install it by: pip install 'tf_mdcn[plot]'"
+        "plot_sampling: matplotlib must be installed; received an environment without it. To "
+        "install it: pip install 'tf_mdcn[plot]'"
     )
 
 

@@ -90,7 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export.error("--opset goes with --to onnx")
     if options.weights is not None and options.to != "tflite":
         export.error("--weights goes with --to tflite")
-    return _export(options)
+    try:
+        return _export(options)
+    except (ValueError, TypeError, ImportError, OSError, tf.errors.OpError) as error:
+        message = " ".join(str(error).split())
+        message = message.replace("input_signature", "input_signature (here --input-shape)")
+        export.exit(2, f"{export.prog}: error: {message}\n")
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -98,7 +103,8 @@ def _export(options: argparse.Namespace) -> int:
     keywords: dict[str, Any] = {"input_signature": _signature(model, options.input_shape)}
     weights = options.weights or "float32"
     if options.to == "onnx":
-        onnx(model, options.path, opset=options.opset or 19, **keywords)
+        opset = 19 if options.opset is None else options.opset
+        onnx(model, options.path, opset=opset, **keywords)
     elif options.to == "tflite":
         tflite(model, options.path, weights=weights, **keywords)
     else:
@@ -117,16 +123,18 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _shape(text: str) -> list[int | None]:
+    if not re.fullmatch(r"(\?|0*[1-9]\d*)(,(\?|0*[1-9]\d*))*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be sizes such as ?,480,640,3; received {text!r}")
     return [None if size == "?" else int(size) for size in text.split(",")]
 
 
 def _signature(model: keras.Model, shapes: list[list[int | None]] | None) -> list | None:
     if shapes is None:
         return None
-    interface = describe("python -m tf_mdcn export", model)
+    interface = describe("tf_mdcn.export", model)
     if len(shapes) != len(interface.inputs):
-        raise SystemExit(
-            "python -m tf_mdcn export: --input-shape must be given once for every input = "
+        raise ValueError(
+            "--input-shape must be given once for every input = "
             f"{len(interface.inputs)}; received {len(shapes)}"
         )
     specs = [

@@ -5,17 +5,19 @@ Separate because it alone needs matplotlib, which is an extra.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tf_mdcn._arguments import padding_amounts
+from tf_mdcn.layers import ModulatedDeformConv2D
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tf_mdcn.layers import ModulatedDeformConv2D
+__all__ = ["SamplingPoints", "plot_sampling", "sampling_points"]
 
 
 class SamplingPoints(NamedTuple):
@@ -52,6 +54,9 @@ def sampling_points(
         `SamplingPoints(grid, points, mask)`.
 
     Raises:
+        TypeError: If layer is not a `ModulatedDeformConv2D`.
+        ValueError: If position is not 2 integers, if sample or deformable_group is not an integer,
+            if inputs has not 4 axes, and as `layer.predict_offset_and_mask`.
         IndexError: If position, sample or deformable_group lies outside what the layer has.
 
     Example:
@@ -66,17 +71,40 @@ def sampling_points(
     >>> points.points.tolist(), points.mask.tolist()
     ([[4.0, 6.0], [4.0, 7.0]], [0.5, 0.5])
     """
+    pair = _pair(position)
+    if pair is None:
+        raise ValueError(
+            f"sampling_points: position must be (row, column), 2 integers; received {position!r}"
+        )
+    return _sampling_points("sampling_points", layer, inputs, pair, sample, deformable_group)
+
+
+def _sampling_points(
+    operation: str,
+    layer: ModulatedDeformConv2D,
+    inputs: Any,
+    position: tuple[int, int],
+    sample: int,
+    deformable_group: int,
+) -> SamplingPoints:
+    if not isinstance(layer, ModulatedDeformConv2D):
+        raise TypeError(f"{operation}: layer must be a ModulatedDeformConv2D; received {layer!r}")
     nested = isinstance(inputs, (list, tuple))
     arrays = [np.asarray(array) for array in (inputs if nested else [inputs])]
-    batch = arrays[0].shape[0]
-    sample = _checked_index("sample", sample, batch)
+    for array in arrays:
+        if array.ndim != 4:
+            raise ValueError(
+                f"{operation}: inputs must have 4 axes; received shape {list(array.shape)}"
+            )
+    sample = _checked_index(operation, "sample", sample, len(arrays[0]))
     arrays = [array[sample : sample + 1] for array in arrays]
     offset, mask = layer.predict_offset_and_mask(arrays if nested else arrays[0])
     x, offset = (_channels_last(layer, np.asarray(array)) for array in (arrays[0], offset))
     _, height, width, _ = offset.shape
-    row = _checked_index("the row of position", position[0], height)
-    column = _checked_index("the column of position", position[1], width)
-    group = _checked_index("deformable_group", deformable_group, layer.deformable_groups)
+    row = _checked_index(operation, "the row of position", position[0], height)
+    column = _checked_index(operation, "the column of position", position[1], width)
+    groups = layer.deformable_groups
+    group = _checked_index(operation, "deformable_group", deformable_group, groups)
 
     kernel_size = layer.kernel_size
     paddings = padding_amounts(layer.convolution_arguments, x.shape[1:3], kernel_size)
@@ -86,12 +114,12 @@ def sampling_points(
     ]
     taps = np.moveaxis(np.indices(kernel_size), 0, -1).reshape(-1, 2)
     grid = (start + taps * layer.dilation_rate).astype(offset.dtype)
-    displacement = offset[0, row, column].reshape(layer.deformable_groups, -1, 2)[group]
+    displacement = offset[0, row, column].reshape(groups, -1, 2)[group]
     if mask is None:
         weights = np.ones(len(taps), offset.dtype)
     else:
         mask = _channels_last(layer, np.asarray(mask))[0, row, column]
-        weights = mask.reshape(layer.deformable_groups, -1)[group]
+        weights = mask.reshape(groups, -1)[group]
     return SamplingPoints(grid, grid + displacement, weights)
 
 
@@ -133,6 +161,10 @@ def plot_sampling(
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If layer is not a `ModulatedDeformConv2D`.
+        ValueError: If position is neither 2 integers nor one or more pairs of them, if sample or
+            deformable_group is not an integer, if inputs has not 4 axes, and as
+            `layer.predict_offset_and_mask`.
         IndexError: If position, sample or deformable_group lies outside what the layer has.
 
     Example:
@@ -147,7 +179,10 @@ def plot_sampling(
 
     Source: the figures of arXiv:1703.06211 and arXiv:1811.11168.
     """
-    ax = _new_axes() if ax is None else ax
+    drawn = [
+        _sampling_points("plot_sampling", layer, inputs, each, sample, deformable_group)
+        for each in _pairs(position)
+    ]
     x = np.asarray(inputs[0] if isinstance(inputs, (list, tuple)) else inputs)
     feature_map = _channels_last(layer, x)[sample]
     if image is None:
@@ -157,11 +192,7 @@ def plot_sampling(
     image = np.asarray(image)
     scale = np.divide(image.shape[:2], feature_map.shape[:2])
 
-    positions: list[Any] = [position] if np.ndim(position) == 1 else list(position)
-    drawn = [
-        sampling_points(layer, inputs, each, sample=sample, deformable_group=deformable_group)
-        for each in positions
-    ]
+    ax = _new_axes() if ax is None else ax
     ax.imshow(image, cmap="gray")
     for grid, points, mask in drawn:
         grid, points = ((array + 0.5) * scale - 0.5 for array in (grid, points))
@@ -197,7 +228,8 @@ def _new_axes() -> Axes:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            "plot_sampling needs matplotlib; install it by: pip install 'tf_mdcn[plot]'"
+            "plot_sampling: matplotlib must be installed; received an environment without it. To "
+            "install it: pip install 'tf_mdcn[plot]'"
         ) from error
     return pyplot.subplots()[1]
 
@@ -206,9 +238,38 @@ def _channels_last(layer: ModulatedDeformConv2D, array: np.ndarray) -> np.ndarra
     return array if layer.data_format == "channels_last" else np.moveaxis(array, 1, -1)
 
 
-def _checked_index(name: str, index: int, size: int) -> int:
+def _pair(position: Any) -> tuple[int, int] | None:
+    """The position as integers, or None if it is not one."""
+    try:
+        row, column = position
+        pair = operator.index(row), operator.index(column)
+    except (TypeError, ValueError):
+        return None
+    return None if isinstance(row, bool) or isinstance(column, bool) else pair
+
+
+def _pairs(position: Any) -> list[tuple[int, int]]:
+    try:
+        given = list(position)
+    except TypeError:
+        given = []
+    one = _pair(given)
+    pairs = [_pair(each) for each in given] if one is None else [one]
+    if not pairs or None in pairs:
+        raise ValueError(
+            "plot_sampling: position must be (row, column), 2 integers, or one or more such pairs; "
+            f"received {position!r}"
+        )
+    return [pair for pair in pairs if pair is not None]
+
+
+def _checked_index(operation: str, name: str, value: Any, size: int) -> int:
+    try:
+        index = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{operation}: {name} must be an integer; received {value!r}") from None
     if not -size <= index < size:
         raise IndexError(
-            f"sampling_points: {name} must be between {-size} and {size - 1}; received {index}"
+            f"{operation}: {name} must be between {-size} and {size - 1}; received {index}"
         )
     return index % size

@@ -3,6 +3,7 @@
 Separate because it rebuilds whole models, which nothing else here does.
 """
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -37,14 +38,16 @@ def replace_conv2d(
             of `Conv2D` is never taken, for it may compute something else.
         **layer_arguments: Arguments of `ModulatedDeformConv2D` for the new layers:
             `deformable_groups`, `modulated`, `mask_scale`, `offset_lr_multiplier`, `max_offset` and
-            those that begin with `offset_`.
+            those that begin with `offset_`. All others come from the `Conv2D`.
 
     Returns:
         The new model.
 
     Raises:
-        TypeError: If `model` is neither functional nor sequential.
-        ValueError: If the model is not built, if no `Conv2D` is selected, if `select` names a layer
+        TypeError: If `model` is neither functional nor sequential, or for a layer argument that is
+            none of these.
+        ValueError: If the model is not built, if `ModulatedDeformConv2D` refuses the value of a
+            layer argument, if no `Conv2D` is selected, if `select` names a layer
             that is not a `Conv2D` of the model, or if `deformable_groups` does not divide the input
             channels of a selected layer.
 
@@ -75,6 +78,7 @@ def replace_conv2d(
         raise ValueError(
             f"{_OPERATION}: model must be built; received {model.name!r}, which is not"
         )
+    _check_layer_arguments(layer_arguments)
     chosen = _chooser(select)
     replaced: list[tuple[keras.layers.Conv2D, ModulatedDeformConv2D]] = []
     copied: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
@@ -106,6 +110,23 @@ def replace_conv2d(
     for layer, new in copied:
         new.set_weights(layer.get_weights())
     return result
+
+
+def _check_layer_arguments(layer_arguments: dict[str, Any]) -> None:
+    of_ours, of_conv2d = (
+        inspect.signature(layer).parameters
+        for layer in (ModulatedDeformConv2D, keras.layers.Conv2D)
+    )
+    allowed = [name for name in of_ours if name not in of_conv2d]
+    refused = [name for name in layer_arguments if name not in allowed]
+    if refused:
+        raise TypeError(
+            f"{_OPERATION}: layer_arguments must be of {', '.join(allowed)}; received "
+            f"{', '.join(refused)}"
+        )
+    # Keras hides what the layer says of a wrong value behind the whole config, from_config being
+    # what raises: so once here, directly. The name keeps Keras from counting this layer.
+    ModulatedDeformConv2D(1, 1, name="checked", **layer_arguments)
 
 
 def _chooser(select: Any) -> Callable[[keras.layers.Conv2D], bool]:

@@ -48,7 +48,8 @@ def describe(operation: str, model: Any, input_signature: Any = None) -> Interfa
             that a functional or sequential model was made with, at any batch size.
 
     Raises:
-        TypeError: If `model` is no Keras model, or `input_signature` holds something else.
+        TypeError: If `model` is no Keras model, or `input_signature` is no list or holds something
+            else than specs.
         ValueError: If the model is not built, or is subclassed and comes without a signature.
     """
     if not isinstance(model, keras.Model):
@@ -69,6 +70,11 @@ def describe(operation: str, model: Any, input_signature: Any = None) -> Interfa
                 "its call's arguments, a tf.TensorSpec for every tensor; received None for "
                 f"{model.name!r}"
             )
+    if not isinstance(input_signature, (list, tuple)):
+        raise TypeError(
+            f"{operation}: input_signature must be the list of the call's arguments, such as "
+            f"[tf.TensorSpec(...)]; received {input_signature!r}"
+        )
     inputs = [
         _named_spec(operation, x, i) for i, x in enumerate(keras.tree.flatten(input_signature))
     ]

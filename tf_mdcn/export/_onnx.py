@@ -3,6 +3,8 @@
 Separate because it alone knows ONNX, whose packages are an extra.
 """
 
+import numbers
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +42,9 @@ def onnx(
     `DeformConv`, as by the native op, whose positions never have less. `"same"` padding with
     strides is computed at run time where the input's size is unknown.
 
+    A float64 model is written as such, but ONNX Runtime runs float64 for the op alone: the offset
+    branch of a layer is a `Conv`, of which it has none in float64.
+
     Args:
         model: A built Keras model.
         path: The file to write.
@@ -51,8 +56,8 @@ def onnx(
 
     Raises:
         ImportError: If tf2onnx is not installed.
-        TypeError: If `model` is no Keras model, or `input_signature` holds something else than
-            specs.
+        TypeError: If `model` is no Keras model, or `input_signature` is no list or holds something
+            else than specs.
         ValueError: If `opset` is not between 19 and 22; if the model is not built, or is subclassed
             and has no `input_signature`; if it holds operations that have no counterpart in ONNX,
             or bfloat16, which tf2onnx would take for float16.
@@ -71,11 +76,12 @@ def onnx(
 
     Source: https://onnx.ai/onnx/operators/onnx__DeformConv.html
     """
-    if not isinstance(opset, int) or opset not in _OPSETS:
+    if not isinstance(opset, numbers.Integral) or opset not in _OPSETS:
         raise ValueError(
             f"{_OPERATION}: opset must be an integer between {_OPSETS[0]}, the first with "
             f"DeformConv, and {_OPSETS[-1]}; received {opset!r}"
         )
+    opset = operator.index(opset)
     try:
         import onnx
         import tf2onnx

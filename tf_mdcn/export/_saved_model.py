@@ -49,11 +49,11 @@ def saved_model(
             widths stay unknown. A subclassed model needs it.
         warmup_inputs: What TensorFlow Serving predicts before it answers its first request: each
             is what `model.predict` takes. They are written to `assets.extra` with the package
-            `tensorflow-serving-api`.
+            `tensorflow-serving-api`, in place of those of a model that was there before.
 
     Raises:
-        TypeError: If `model` is no Keras model, or `input_signature` holds something else than
-            specs.
+        TypeError: If `model` is no Keras model, or `input_signature` is no list or holds something
+            else than specs.
         ValueError: If the model is not built, or is subclassed and has no `input_signature`; if a
             portable model would hold the native op, because it calls a `tf.function` that is
             already traced; if a warm-up input is not what the model takes.
@@ -80,12 +80,13 @@ def saved_model(
     archive.add_endpoint("serve", interface.call, input_signature=interface.inputs)
     # Gradient functions would be dead weight in what is for inference.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    warmup_file = pathlib.Path(path) / "assets.extra" / _WARMUP_FILE
+    warmup_file.unlink(missing_ok=True)  # a model that was here may have had other inputs
     with use_implementation(implementation):  # saving traces the endpoint
         archive.write_out(os.fspath(path), options=options, verbose=False)
     if requests:
-        folder = pathlib.Path(path) / "assets.extra"
-        folder.mkdir()
-        with tf.io.TFRecordWriter(str(folder / _WARMUP_FILE)) as writer:
+        warmup_file.parent.mkdir(exist_ok=True)
+        with tf.io.TFRecordWriter(str(warmup_file)) as writer:
             for request in requests:
                 writer.write(request)
 

@@ -16,6 +16,7 @@ from tf_mdcn.export._saved_model import saved_model
 
 _OPERATION = "tf_mdcn.export.tflite"
 _WEIGHTS = ("float32", "float16", "int8")
+_OTHER_TYPES = {x.as_datatype_enum: x.name for x in (tf.float64, tf.float16, tf.bfloat16)}
 _MAX_FLOAT16_PX = 2048  # whole numbers beyond it are not exact in float16
 
 
@@ -30,6 +31,9 @@ def tflite(
 
     The file has the signature `serving_default`, which takes the inputs by name and returns the
     outputs by name, as a SavedModel of `tf_mdcn.export.saved_model` does.
+
+    The model must compute in float32: most builtin ops know no other type of floating point. Inputs
+    may have any type that the model casts.
 
     Every size is fixed in the file: the converter knows no loop over blocks of unknown shape. A
     batch size that is not given is 1. The sampling positions before their offsets are constants
@@ -48,12 +52,13 @@ def tflite(
             with unknown heights or widths, needs it.
 
     Raises:
-        TypeError: If `model` is no Keras model, or `input_signature` holds something else than
-            specs.
+        TypeError: If `model` is no Keras model, or `input_signature` is no list or holds something
+            else than specs.
         ValueError: If `weights` is none of the three; if the model is not built, or is subclassed
-            and has no `input_signature`; if a size other than the batch's is unknown; if with
-            float16 weights a layer samples an image of more than 2048 pixels in height or width,
-            whose positions float16 cannot hold.
+            and has no `input_signature`; if a size other than the batch's is unknown; if the model
+            computes in float64, float16 or bfloat16, as mixed precision does; if with float16
+            weights a layer samples an image of more than 2048 pixels in height or width, whose
+            positions float16 cannot hold.
 
     Example:
 
@@ -74,8 +79,10 @@ def tflite(
     interface = describe(_OPERATION, model, input_signature)
     specs = [_fixed(spec) for spec in interface.inputs]
     signature = keras.tree.pack_sequence_as(interface.arguments, specs)
+    interface = describe(_OPERATION, model, signature)
+    _refuse_other_types(interface)
     if weights == "float16":
-        _refuse_large_images(describe(_OPERATION, model, signature))
+        _refuse_large_images(interface)
     with tempfile.TemporaryDirectory() as folder:
         saved_model(model, folder, portable=True, input_signature=signature)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
@@ -98,6 +105,20 @@ def _fixed(spec: tf.TensorSpec) -> tf.TensorSpec:
             f"input_signature; received {spec.name} of shape {spec.shape}"
         )
     return tf.TensorSpec(shape, spec.dtype, spec.name)
+
+
+def _refuse_other_types(interface: Interface) -> None:
+    """The converter's own word for an op that has no kernel of a type is pages of MLIR."""
+    # Portable, as a tf.function inside the model keeps the implementation that traces it first.
+    graph = trace(_OPERATION, interface, "portable").get_concrete_function().graph.as_graph_def()
+    for node in [*graph.node, *(node for f in graph.library.function for node in f.node_def)]:
+        dtype = _OTHER_TYPES.get(node.attr["T"].type)
+        if dtype and node.op != "Identity":  # which computes nothing, as casts, which have no T
+            raise ValueError(
+                f"{_OPERATION}: model must compute in float32; received {dtype} in "
+                f"{node.name}. Build the model with the dtype policy float32 and give it the "
+                "weights of this one"
+            )
 
 
 def _refuse_large_images(interface: Interface) -> None:
