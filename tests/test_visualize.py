@@ -7,6 +7,7 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
+import tensorflow as tf
 from matplotlib import pyplot
 
 import tf_mdcn.visualize
@@ -151,6 +152,14 @@ def test_indices_that_are_no_integers_refused(function, name):
     "position", [3, None, (1,), (1, 2, 3), (1.5, 2), (1, True), [], "ab", [(1, 2), 3], [(1, 2, 3)]]
 )
 def test_positions_refused(position):
+    check_position_refused(position)
+
+
+def test_tensors_of_floats_as_positions_refused():
+    check_position_refused(tf.constant([1.5, 2.0]))
+
+
+def check_position_refused(position):
     layer, x = layer_with_bias(np.zeros(18))
     with pytest.raises(ValueError) as error:
         sampling_points(layer, x, position)
@@ -190,11 +199,13 @@ def test_what_is_no_layer_and_what_is_no_batch_refused(function):
         f"{function.__name__}: layer must be a ModulatedDeformConv2D; received "
         "<Conv2D name=plain, built=False>"
     )
-    with pytest.raises(ValueError) as error:
-        function(layer, x[0], (0, 0))
-    assert str(error.value) == (
-        f"{function.__name__}: inputs must have 4 axes; received shape [9, 10, 4]"
-    )
+    for inputs, shape in [(x[0], [9, 10, 4]), (x[:0], [0, 9, 10, 4]), ([], [0])]:
+        with pytest.raises(ValueError) as error:
+            function(layer, inputs, (0, 0))
+        assert str(error.value) == (
+            f"{function.__name__}: inputs must have 4 axes and at least one sample; received shape "
+            f"{shape}"
+        )
 
 
 def test_public_names():

@@ -56,7 +56,7 @@ def sampling_points(
     Raises:
         TypeError: If layer is not a `ModulatedDeformConv2D`.
         ValueError: If position is not 2 integers, if sample or deformable_group is not an integer,
-            if inputs has not 4 axes, and as `layer.predict_offset_and_mask`.
+            if inputs has not 4 axes or no sample, and as `layer.predict_offset_and_mask`.
         IndexError: If position, sample or deformable_group lies outside what the layer has.
 
     Example:
@@ -91,10 +91,11 @@ def _sampling_points(
         raise TypeError(f"{operation}: layer must be a ModulatedDeformConv2D; received {layer!r}")
     nested = isinstance(inputs, (list, tuple))
     arrays = [np.asarray(array) for array in (inputs if nested else [inputs])]
-    for array in arrays:
-        if array.ndim != 4:
+    for array in arrays or [np.empty(0)]:
+        if array.ndim != 4 or len(array) == 0:
             raise ValueError(
-                f"{operation}: inputs must have 4 axes; received shape {list(array.shape)}"
+                f"{operation}: inputs must have 4 axes and at least one sample; received shape "
+                f"{list(array.shape)}"
             )
     sample = _checked_index(operation, "sample", sample, len(arrays[0]))
     arrays = [array[sample : sample + 1] for array in arrays]
@@ -163,7 +164,7 @@ def plot_sampling(
         ImportError: If matplotlib is not installed.
         TypeError: If layer is not a `ModulatedDeformConv2D`.
         ValueError: If position is neither 2 integers nor one or more pairs of them, if sample or
-            deformable_group is not an integer, if inputs has not 4 axes, and as
+            deformable_group is not an integer, if inputs has not 4 axes or no sample, and as
             `layer.predict_offset_and_mask`.
         IndexError: If position, sample or deformable_group lies outside what the layer has.
 
@@ -243,7 +244,7 @@ def _pair(position: Any) -> tuple[int, int] | None:
     try:
         row, column = position
         pair = operator.index(row), operator.index(column)
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):  # TensorFlow's floats raise the first
         return None
     return None if isinstance(row, bool) or isinstance(column, bool) else pair
 
@@ -266,7 +267,7 @@ def _pairs(position: Any) -> list[tuple[int, int]]:
 def _checked_index(operation: str, name: str, value: Any, size: int) -> int:
     try:
         index = operator.index(value)
-    except TypeError:
+    except (AttributeError, TypeError):
         raise ValueError(f"{operation}: {name} must be an integer; received {value!r}") from None
     if not -size <= index < size:
         raise IndexError(
