@@ -227,6 +227,18 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     assert re.fullmatch(rf"python -m tf_mdcn export: error: {message}", said)
 
 
+def test_what_onnxruntime_cannot_run_is_said_in_one_line(tmp_path, capsys):
+    layer = ModulatedDeformConv2D(2, 3, dtype="float64")
+    model = keras.Sequential([keras.Input((8, 8, 4), dtype="float64"), layer])
+    model.save(tmp_path / "model.keras")
+    path = str(tmp_path / "model.onnx")
+    with pytest.raises(SystemExit) as exit_:
+        __main__.main(["export", str(tmp_path / "model.keras"), path, "--to", "onnx"])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: tf_mdcn.export: {path} must be a model that ONNX Runtime runs" in said
+
+
 def test_absent_files_and_packages_are_said_in_one_line(model_file, tmp_path, capsys, monkeypatch):
     exported, absent = str(tmp_path / "exported"), str(tmp_path / "absent.keras")
     file = tmp_path / "file"

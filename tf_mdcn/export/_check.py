@@ -38,6 +38,7 @@ def largest_difference(
 
     Raises:
         ImportError: If ONNX Runtime is needed and not installed.
+        ValueError: If ONNX Runtime has no kernel for the model, as for a layer in float64.
     """
     interface = describe("tf_mdcn.export", model, input_signature)
     shapes, run = _RUNTIMES[road](os.fspath(path))
@@ -86,7 +87,12 @@ def _load_onnx(path: str) -> _Runtime:
             "tf_mdcn.export: checking an ONNX model needs the package onnxruntime; received an "
             "environment without it. To install it: pip install 'tf_mdcn[onnx]'"
         ) from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own have no base but this
+        raise ValueError(
+            f"tf_mdcn.export: {path} must be a model that ONNX Runtime runs; received {error}"
+        ) from error
     names = [output.name for output in session.get_outputs()]
     return {}, lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
