@@ -11,7 +11,6 @@ namespace {
 
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
-using ::tensorflow::OpOutputList;
 using ::tensorflow::Tensor;
 
 class IntraOpPool : public cpu::WorkerPool {
@@ -64,7 +63,7 @@ class ForwardOp : public ModulatedDeformConv2DOp {
     OpInputs inputs;
     OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
     Tensor* output;
-    OP_REQUIRES_OK(context, context->allocate_output(0, OutputShape(inputs.geometry), &output));
+    OP_REQUIRES_OK(context, AllocateOutput(context, inputs, &output));
     RunOperation<cpu::Forward<CoreType<T>, CoreType<TOffset>>>(
         context, inputs.geometry,
         {Data<T>(inputs.input), Data<T>(inputs.filters), Data<TOffset>(inputs.offset),
@@ -82,11 +81,8 @@ class InputGradientOp : public ModulatedDeformConv2DOp {
     OpInputs inputs;
     OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
     Tensor *input_gradient, *offset_gradient, *mask_gradient = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(0, inputs.input->shape(), &input_gradient));
-    OP_REQUIRES_OK(context, context->allocate_output(1, inputs.offset->shape(), &offset_gradient));
-    if (inputs.mask != nullptr) {
-      OP_REQUIRES_OK(context, context->allocate_output(2, inputs.mask->shape(), &mask_gradient));
-    }
+    OP_REQUIRES_OK(context, AllocateInputGradients(context, inputs, &input_gradient,
+                                                   &offset_gradient, &mask_gradient));
     RunOperation<cpu::InputGradient<CoreType<T>, CoreType<TOffset>>>(
         context, inputs.geometry,
         {Data<T>(inputs.input), Data<T>(inputs.filters), Data<TOffset>(inputs.offset),
@@ -105,17 +101,9 @@ class FilterGradientOp : public ModulatedDeformConv2DOp {
   void Compute(OpKernelContext* context) override {
     OpInputs inputs;
     OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
-    OpOutputList bias_gradients;
-    OP_REQUIRES_OK(context, context->output_list("bias_backprop", &bias_gradients));
-    OP_REQUIRES_OK(context,
-                   CheckOptional(kFilterGradientName, "bias_backprop", bias_gradients.size()));
     Tensor *filters_gradient, *bias_gradient = nullptr;
     OP_REQUIRES_OK(context,
-                   context->allocate_output(0, FiltersShape(inputs.geometry), &filters_gradient));
-    if (bias_gradients.size() == 1) {
-      OP_REQUIRES_OK(context,
-                     bias_gradients.allocate(0, {inputs.geometry.out_channels}, &bias_gradient));
-    }
+                   AllocateFilterGradients(context, inputs, &filters_gradient, &bias_gradient));
     RunOperation<cpu::FilterGradient<CoreType<T>, CoreType<TOffset>>>(
         context, inputs.geometry,
         {Data<T>(inputs.input), Data<TOffset>(inputs.offset), Data<TOffset>(inputs.mask),
@@ -135,12 +123,7 @@ class FilterGradientOp : public ModulatedDeformConv2DOp {
   MDCN_REGISTER_KERNEL("ModulatedDeformConv2DBackpropInput", InputGradientOp, T, TOFFSET); \
   MDCN_REGISTER_KERNEL("ModulatedDeformConv2DBackpropFilter", FilterGradientOp, T, TOFFSET)
 
-MDCN_REGISTER_KERNELS(float, float);
-MDCN_REGISTER_KERNELS(double, double);
-MDCN_REGISTER_KERNELS(Eigen::half, Eigen::half);
-MDCN_REGISTER_KERNELS(Eigen::half, float);
-MDCN_REGISTER_KERNELS(Eigen::bfloat16, Eigen::bfloat16);
-MDCN_REGISTER_KERNELS(Eigen::bfloat16, float);
+MDCN_FOR_EACH_OP_TYPES(MDCN_REGISTER_KERNELS);
 
 }  // namespace
 }  // namespace mdcn

@@ -24,7 +24,6 @@ namespace se = ::stream_executor;
 
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
-using ::tensorflow::OpOutputList;
 using ::tensorflow::Tensor;
 
 // BLAS on the op's stream; TensorFlow's settings decide on TensorFloat-32 and determinism.
@@ -112,7 +111,7 @@ class ForwardOp : public ModulatedDeformConv2DOp {
     OpInputs inputs;
     OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
     Tensor* output;
-    OP_REQUIRES_OK(context, context->allocate_output(0, OutputShape(inputs.geometry), &output));
+    OP_REQUIRES_OK(context, AllocateOutput(context, inputs, &output));
     const cuda::Options options = MakeOptions();
     const cuda::ForwardTensors<CoreType<T>, CoreType<TOffset>> tensors = {
         Data<T>(inputs.input),
@@ -137,11 +136,8 @@ class InputGradientOp : public ModulatedDeformConv2DOp {
     OpInputs inputs;
     OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
     Tensor *input_gradient, *offset_gradient, *mask_gradient = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(0, inputs.input->shape(), &input_gradient));
-    OP_REQUIRES_OK(context, context->allocate_output(1, inputs.offset->shape(), &offset_gradient));
-    if (inputs.mask != nullptr) {
-      OP_REQUIRES_OK(context, context->allocate_output(2, inputs.mask->shape(), &mask_gradient));
-    }
+    OP_REQUIRES_OK(context, AllocateInputGradients(context, inputs, &input_gradient,
+                                                   &offset_gradient, &mask_gradient));
     const cuda::Options options = MakeOptions();
     const cuda::InputGradientTensors<CoreType<T>, CoreType<TOffset>> tensors = {
         Data<T>(inputs.input),
@@ -168,17 +164,9 @@ class FilterGradientOp : public ModulatedDeformConv2DOp {
   void Compute(OpKernelContext* context) override {
     OpInputs inputs;
     OP_REQUIRES_OK(context, ReadInputs(context, &inputs));
-    OpOutputList bias_gradients;
-    OP_REQUIRES_OK(context, context->output_list("bias_backprop", &bias_gradients));
-    OP_REQUIRES_OK(context,
-                   CheckOptional(kFilterGradientName, "bias_backprop", bias_gradients.size()));
     Tensor *filters_gradient, *bias_gradient = nullptr;
     OP_REQUIRES_OK(context,
-                   context->allocate_output(0, FiltersShape(inputs.geometry), &filters_gradient));
-    if (bias_gradients.size() == 1) {
-      OP_REQUIRES_OK(context,
-                     bias_gradients.allocate(0, {inputs.geometry.out_channels}, &bias_gradient));
-    }
+                   AllocateFilterGradients(context, inputs, &filters_gradient, &bias_gradient));
     const cuda::Options options = MakeOptions();
     const cuda::FilterGradientTensors<CoreType<T>, CoreType<TOffset>> tensors = {
         Data<T>(inputs.input),
@@ -212,12 +200,7 @@ class FilterGradientOp : public ModulatedDeformConv2DOp {
                               .HostMemory("filters_shape"),                \
                           FilterGradientOp<T, TOFFSET>)
 
-MDCN_REGISTER_KERNELS(float, float);
-MDCN_REGISTER_KERNELS(double, double);
-MDCN_REGISTER_KERNELS(Eigen::half, Eigen::half);
-MDCN_REGISTER_KERNELS(Eigen::half, float);
-MDCN_REGISTER_KERNELS(Eigen::bfloat16, Eigen::bfloat16);
-MDCN_REGISTER_KERNELS(Eigen::bfloat16, float);
+MDCN_FOR_EACH_OP_TYPES(MDCN_REGISTER_KERNELS);
 
 }  // namespace
 }  // namespace mdcn

@@ -96,16 +96,39 @@ class ModulatedDeformConv2DOp : public ::tensorflow::OpKernel {
         CheckOutputGradientShape(name_, inputs->geometry, Sizes(inputs->output_gradient->shape())));
   }
 
-  ::tensorflow::TensorShape OutputShape(const Geometry& geometry) const {
-    if (geometry.data_format == DataFormat::kChannelsLast) {
-      return {geometry.batch, geometry.out_height, geometry.out_width, geometry.out_channels};
-    }
-    return {geometry.batch, geometry.out_channels, geometry.out_height, geometry.out_width};
+  absl::Status AllocateOutput(::tensorflow::OpKernelContext* context, const OpInputs& inputs,
+                              ::tensorflow::Tensor** output) const {
+    const Geometry& g = inputs.geometry;
+    const ::tensorflow::TensorShape shape =
+        g.data_format == DataFormat::kChannelsLast
+            ? ::tensorflow::TensorShape({g.batch, g.out_height, g.out_width, g.out_channels})
+            : ::tensorflow::TensorShape({g.batch, g.out_channels, g.out_height, g.out_width});
+    return context->allocate_output(0, shape, output);
   }
 
-  ::tensorflow::TensorShape FiltersShape(const Geometry& geometry) const {
-    return {geometry.kernel_height, geometry.kernel_width, geometry.group_in_channels,
-            geometry.out_channels};
+  // The mask's stays null where there is no mask.
+  absl::Status AllocateInputGradients(::tensorflow::OpKernelContext* context,
+                                      const OpInputs& inputs, ::tensorflow::Tensor** of_input,
+                                      ::tensorflow::Tensor** of_offset,
+                                      ::tensorflow::Tensor** of_mask) const {
+    TF_RETURN_IF_ERROR(context->allocate_output(0, inputs.input->shape(), of_input));
+    TF_RETURN_IF_ERROR(context->allocate_output(1, inputs.offset->shape(), of_offset));
+    if (inputs.mask == nullptr) return absl::OkStatus();
+    return context->allocate_output(2, inputs.mask->shape(), of_mask);
+  }
+
+  // The bias's stays null where it is not asked for.
+  absl::Status AllocateFilterGradients(::tensorflow::OpKernelContext* context,
+                                       const OpInputs& inputs, ::tensorflow::Tensor** of_filters,
+                                       ::tensorflow::Tensor** of_bias) const {
+    const Geometry& g = inputs.geometry;
+    ::tensorflow::OpOutputList of_biases;
+    TF_RETURN_IF_ERROR(context->output_list("bias_backprop", &of_biases));
+    TF_RETURN_IF_ERROR(CheckOptional(name_, "bias_backprop", of_biases.size()));
+    TF_RETURN_IF_ERROR(context->allocate_output(
+        0, {g.kernel_height, g.kernel_width, g.group_in_channels, g.out_channels}, of_filters));
+    if (of_biases.size() == 0) return absl::OkStatus();
+    return of_biases.allocate(0, {g.out_channels}, of_bias);
   }
 
  private:
@@ -126,6 +149,15 @@ class ModulatedDeformConv2DOp : public ::tensorflow::OpKernel {
   const std::string name_;
   Attributes attributes_;
 };
+
+// The types of inputs and offset that the ops take.
+#define MDCN_FOR_EACH_OP_TYPES(MACRO)      \
+  MACRO(float, float);                     \
+  MACRO(double, double);                   \
+  MACRO(Eigen::half, Eigen::half);         \
+  MACRO(Eigen::half, float);               \
+  MACRO(Eigen::bfloat16, Eigen::bfloat16); \
+  MACRO(Eigen::bfloat16, float)
 
 }  // namespace mdcn
 
