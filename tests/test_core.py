@@ -177,6 +177,45 @@ def test_offsets_that_are_not_finite(types, instruction_set):
         assert_close(actual, expected[key], bound_of(case, expected[key], actual.dtype), key)
 
 
+# Of an image with a value that is not finite in its frame (the outermost two rows and columns),
+# positions near the border are sampled in another way than of other images.
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("name", ["asymmetric", "narrow", "no mask"])
+@pytest.mark.parametrize("pixel", [(0, 0), (1, 2), (-2, 2), (2, 1), (3, -2), (-1, -1), (2, 2)])
+def test_values_that_are_not_finite_reach_what_touches_them_and_nothing_else(
+    pixel, name, types, instruction_set
+):
+    case = random_case(37, in_size=(6, 5), **CASES[name], offset_scale=3)
+    case = with_whole_offsets(case).cast(*TYPES[types])
+    output_gradient = output_gradient_of(case)
+    inputs = case.inputs.copy()
+    inputs[(1, *pixel)][::2] = [np.nan, np.inf, -np.inf][pixel[0] % 3]
+    spoilt = case.replace(inputs=inputs)
+    clean = run(case, output_gradient, instruction_set=instruction_set)
+    found = run(spoilt, output_gradient, instruction_set=instruction_set)
+    expected = expected_of(spoilt, output_gradient)
+    assert not np.all(np.isfinite(expected["output"]))
+    for key in ("output", "filters"):
+        actual = found[key].astype(np.float64)
+        kept = np.isfinite(expected[key])
+        np.testing.assert_array_equal(np.isfinite(actual), kept, err_msg=key)
+        np.testing.assert_array_equal(
+            actual[kept], clean[key].astype(np.float64)[kept], err_msg=f"{key}, to the last bit"
+        )
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("in_size", [(1, 1), (1, 7), (8, 1), (2, 2), (2, 9), (7, 3)], ids=str)
+def test_images_that_are_all_border(in_size, instruction_set):
+    case = with_whole_offsets(random_case(38, in_size=in_size, padding="same", offset_scale=2))
+    output_gradient = output_gradient_of(case)
+    expected = expected_of(case, output_gradient)
+    for key, actual in run(case, output_gradient, instruction_set=instruction_set).items():
+        assert_close(actual, expected[key], bound_of(case, expected[key], actual.dtype), key)
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 def test_16_bit_numbers_are_read_and_rounded_exactly(dtype, instruction_set):

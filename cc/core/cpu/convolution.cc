@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 namespace mdcn::cpu {
@@ -138,6 +139,22 @@ const T* ChannelsLast(const Geometry& geometry, const T* tensor, int64_t channel
   return copy;
 }
 
+// Which images are sampled square by square (kernel_table.h).
+template <typename T, typename TOffset>
+void ChooseSquares(const Geometry& geometry, const ConvolutionKernels<T, TOffset>& kernels,
+                   const T* channels_last_input, WorkerPool& pool, bool* by_squares) {
+  const int64_t height = geometry.in_height, width = geometry.in_width;
+  const int64_t image_size = geometry.in_pixels * geometry.in_channels;
+  const bool possible =
+      height >= 2 && width >= 2 &&
+      image_size * static_cast<int64_t>(sizeof(T)) <= std::numeric_limits<int32_t>::max();
+  pool.RunJobs(geometry.batch, [&](int64_t image, int) {
+    by_squares[image] =
+        possible && kernels.frame_is_finite(channels_last_input + image * image_size, height, width,
+                                            geometry.in_channels);
+  });
+}
+
 template <typename Element>
 void SetZero(Element* elements, int64_t count) {
   std::memset(static_cast<void*>(elements), 0, count * sizeof(Element));
@@ -164,6 +181,7 @@ Forward<T, TOffset>::Forward(const Geometry& geometry, const InstructionSet& ins
       std::is_same_v<T, Real> && !ChannelsFirst(geometry) && filters % kernels_.vector_length == 0;
 
   if (ChannelsFirst(geometry)) channels_last_input_ = layout_.Add<T>(geometry.input_size());
+  by_squares_ = layout_.Add<bool>(geometry.batch);
   zeros_ = layout_.Add<T>(geometry.in_channels);
   packed_filters_ = layout_.Add<Real>(padded_filters * geometry.taps * geometry.group_in_channels);
   initial_row_ = layout_.Add<Real>(padded_filters);
@@ -198,6 +216,7 @@ void Forward<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool, char* wo
       ChannelsLast(geometry_, tensors.input, geometry_.in_channels, geometry_.in_pixels, pool,
                    channels_last_input_.In(workspace)),
       tensors.offset, tensors.mask};
+  ChooseSquares(geometry_, kernels_, sampled.input, pool, by_squares_.In(workspace));
   const int64_t pixels = TotalPixels(geometry_);
   const int64_t tiles = CeilDivide(pixels, tile_pixels_);
   pool.RunJobs(tiles, [&](int64_t tile, int worker) {
@@ -224,8 +243,8 @@ void Forward<T, TOffset>::RunTile(const SampledTensors<T, TOffset>& sampled, con
 
   Real* columns = columns_.In(workspace, worker);
   for (const SamplingPlan& plan : plans_) {
-    kernels_.sample(geometry_, sampled, plan, pixels, zeros_.In(workspace), columns,
-                    column_stride_);
+    kernels_.sample(geometry_, sampled, plan, pixels, by_squares_.In(workspace),
+                    zeros_.In(workspace), columns, column_stride_);
     for (const GroupPiece& piece : plan.pieces) {
       const Real* packed = packed_filters_.In(workspace) +
                            piece.group * depth * padded_group_filters_ +
@@ -431,6 +450,7 @@ FilterGradient<T, TOffset>::FilterGradient(const Geometry& geometry,
     channels_last_output_gradient_ = layout_.Add<T>(geometry.output_size());
   }
   if (!std::is_same_v<T, Real>) filters_gradient_ = layout_.Add<Real>(geometry.filters_size());
+  by_squares_ = layout_.Add<bool>(geometry.batch);
   zeros_ = layout_.Add<T>(geometry.in_channels);
   columns_ = layout_.Add<Real>(kFilterTilePixels * column_stride_, workers);
   packed_gradient_ = layout_.Add<Real>(
@@ -448,6 +468,7 @@ void FilterGradient<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool,
       ChannelsLast(geometry_, tensors.input, geometry_.in_channels, geometry_.in_pixels, pool,
                    channels_last_input_.In(workspace)),
       tensors.offset, tensors.mask};
+  ChooseSquares(geometry_, kernels_, sampled.input, pool, by_squares_.In(workspace));
   const T* output_gradient =
       ChannelsLast(geometry_, tensors.output_gradient, filters, geometry_.out_pixels, pool,
                    channels_last_output_gradient_.In(workspace));
@@ -473,8 +494,8 @@ void FilterGradient<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool,
       const PixelRange range{first, std::min(kFilterTilePixels, pixels - first)};
       int64_t packed_group = -1;
       for (const SamplingPlan& plan : slices_[job]) {
-        kernels_.sample(geometry_, sampled, plan, range, zeros_.In(workspace), columns,
-                        column_stride_);
+        kernels_.sample(geometry_, sampled, plan, range, by_squares_.In(workspace),
+                        zeros_.In(workspace), columns, column_stride_);
         for (const GroupPiece& piece : plan.pieces) {
           if (piece.group != packed_group) {
             kernels_.pack(

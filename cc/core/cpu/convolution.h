@@ -74,6 +74,7 @@ class Forward {
   std::vector<SamplingPlan> plans_;
   bool in_place_;  // sums are formed in the output itself
   WorkspaceLayout layout_;
+  Region<bool> by_squares_;
   Region<T> channels_last_input_, zeros_, narrow_row_;
   Region<Real> packed_filters_, initial_row_, columns_, sums_;
 };
@@ -124,6 +125,7 @@ class FilterGradient {
   int64_t column_stride_;
   std::vector<std::vector<SamplingPlan>> slices_;
   WorkspaceLayout layout_;
+  Region<bool> by_squares_;
   Region<T> channels_last_input_, channels_last_output_gradient_, zeros_;
   Region<Real> filters_gradient_, columns_, packed_gradient_, bias_sums_;
 };

@@ -56,11 +56,16 @@ struct ConvolutionKernels {
   void (*add_transposed_product)(const Real* a, int64_t a_stride, int64_t rows, const Real* b,
                                  int64_t depth, int64_t columns, Real* c, int64_t c_stride);
 
-  // Fills the plan's columns for each pixel, masked. `zeros` has in_channels zeros: what a corner
-  // outside the image points to.
+  // Whether the outermost two rows and columns of a channels-last image are finite.
+  bool (*frame_is_finite)(const T* image, int64_t height, int64_t width, int64_t channels);
+
+  // Fills the plan's columns for each pixel, masked. `by_squares` says of each image whether it is
+  // sampled square by square: its frame must be finite, and it must have at least two rows and
+  // columns and less than 2 GiB. `zeros` has in_channels zeros: what a corner outside of another
+  // image points to.
   void (*sample)(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
-                 const SamplingPlan& plan, PixelRange pixels, const T* zeros, Real* columns,
-                 int64_t column_stride);
+                 const SamplingPlan& plan, PixelRange pixels, const bool* by_squares,
+                 const T* zeros, Real* columns, int64_t column_stride);
 
   // From the gradient of whole rows of columns: the gradients of offset and mask (null: not wanted)
   // at the plan's positions.

@@ -17,6 +17,7 @@ constexpr ConvolutionKernels<T, TOffset> Table() {
           Pack<T>,
           Multiply<Real>,
           AddTransposedProduct<Real>,
+          FrameIsFinite<T>,
           Sample<T, TOffset>,
           PositionGradients<T, TOffset>,
           Scatter<T, TOffset>,

@@ -173,6 +173,18 @@ void Widen(const T* from, int64_t count, ComputeType<T>* to) {
 }
 
 template <typename T>
+MDCN_INLINE bool IsFinite(const T* from, int64_t count) {
+  constexpr int kCount = kLanes<ComputeType<T>>;
+  Vector<ComputeType<T>, kCount> zeros{};  // or NaN
+  int64_t i = 0;
+  for (; i + kCount <= count; i += kCount) zeros += Load<kCount>(from + i) * 0;
+  ComputeType<T> zero = 0;
+  for (; i < count; ++i) zero += Load<1>(from + i) * 0;
+  for (int lane = 0; lane < kCount; ++lane) zero += zeros[lane];
+  return zero == 0;
+}
+
+template <typename T>
 void AddRows(const T* from, int64_t rows, int64_t columns, ComputeType<T>* sums) {
   constexpr int kCount = kLanes<ComputeType<T>>;
   for (int64_t row = 0; row < rows; ++row, from += columns) {
