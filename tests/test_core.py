@@ -293,6 +293,7 @@ THREAD_CASES = {
         "deformable_groups": 4,
     },
     "many small images": {"batch": 70, "in_size": (5, 6), "padding": "same"},
+    "few pixels": {"batch": 1, "in_channels": 150, "out_channels": 432, "strides": (1, 1)},
 }
 
 
@@ -313,6 +314,26 @@ def test_results_do_not_depend_on_the_number_of_threads(name, types):
                     f"{instruction_set}, {case.data_format}, {threads} threads instead of 1: "
                     f"other bits in {different}"
                 )
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_a_sample_does_not_depend_on_its_batch(instruction_set):
+    """Bit for bit, also where one sample has so few pixels that it is computed by filters."""
+    settings = THREAD_CASES["few pixels"] | {"batch": 6}
+    case = random_case(39, **settings).cast(np.float32)
+
+    def forward_of(samples):
+        inputs, offset, mask = (
+            np.ascontiguousarray(tensor[samples])
+            for tensor in (case.inputs, case.offset, case.mask)
+        )
+        options = {**keywords(case), "instruction_set": instruction_set, "threads": 2}
+        return CORE.forward(inputs, case.filters, offset, mask, case.bias, **options)
+
+    together = forward_of(slice(None))
+    assert together[..., 0].size > 256 > together[0, ..., 0].size
+    for sample in range(6):
+        np.testing.assert_array_equal(forward_of([sample])[0], together[sample])
 
 
 def test_a_call_repeats_itself():

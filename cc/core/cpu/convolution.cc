@@ -33,6 +33,20 @@ int64_t MaxColumns(const Geometry& geometry, int64_t real_bytes) {
 // the same few sets.
 int64_t RowStride(int64_t columns) { return RoundUp(columns, 16) + 16; }
 
+// Where there are few pixels and many filters, the filters are cut up instead of the pixels: packed
+// as a whole, and read again for every tile, they would take longer than the product's second
+// reading of the columns. What is packed and multiplied at a time stays in L2: 64 KiB of floats.
+constexpr int64_t kFewPixels = 256;
+constexpr int64_t kAllColumnsBytes = 4 * 1024 * 1024;
+constexpr int64_t kBlockDepth = 256;
+constexpr int64_t kBlockPanels = 4;
+
+bool HasFewPixels(const Geometry& geometry, int64_t real_bytes) {
+  const int64_t pixels = geometry.batch * geometry.out_pixels, columns = ColumnCount(geometry);
+  return pixels <= kFewPixels && pixels * columns * real_bytes <= kAllColumnsBytes &&
+         geometry.filters_size() * real_bytes > kTileBytes;
+}
+
 // Pixels of a tile: whole row blocks, at most `most`, and few tiles shared out evenly.
 int64_t TilePixels(int64_t pixels, int64_t row_block, int64_t most, int workers) {
   const int64_t blocks = std::max<int64_t>(1, CeilDivide(pixels, row_block));
@@ -176,16 +190,25 @@ Forward<T, TOffset>::Forward(const Geometry& geometry, const InstructionSet& ins
   tile_pixels_ = TilePixels(TotalPixels(geometry), kernels_.row_block, most_pixels, workers);
   const int64_t max_columns = MaxColumns(geometry, sizeof(Real));
   plans_ = PlanColumns(geometry, 0, ColumnCount(geometry), max_columns);
-  column_stride_ = RowStride(max_columns);
   in_place_ =
       std::is_same_v<T, Real> && !ChannelsFirst(geometry) && filters % kernels_.vector_length == 0;
+  const int64_t panels_of_worker = padded_filters / kernels_.panel_columns / workers;
+  block_filters_ = std::clamp<int64_t>(panels_of_worker, 1, kBlockPanels) * kernels_.panel_columns;
+  by_filters_ = in_place_ && panels_of_worker > 0 && HasFewPixels(geometry, sizeof(Real));
 
   if (ChannelsFirst(geometry)) channels_last_input_ = layout_.Add<T>(geometry.input_size());
   by_squares_ = layout_.Add<bool>(geometry.batch);
   zeros_ = layout_.Add<T>(geometry.in_channels);
-  packed_filters_ = layout_.Add<Real>(padded_filters * geometry.taps * geometry.group_in_channels);
   initial_row_ = layout_.Add<Real>(padded_filters);
+  if (by_filters_) {
+    column_stride_ = RowStride(ColumnCount(geometry));
+    columns_ = layout_.Add<Real>(TotalPixels(geometry) * column_stride_);
+    packed_filters_ = layout_.Add<Real>(kBlockDepth * block_filters_, workers);
+    return;
+  }
+  column_stride_ = RowStride(max_columns);
   columns_ = layout_.Add<Real>(tile_pixels_ * column_stride_, workers);
+  packed_filters_ = layout_.Add<Real>(padded_filters * geometry.taps * geometry.group_in_channels);
   if (!in_place_) {
     sums_ = layout_.Add<Real>(tile_pixels_ * padded_filters, workers);
     narrow_row_ = layout_.Add<T>(geometry.out_channels, workers);
@@ -196,12 +219,6 @@ template <typename T, typename TOffset>
 void Forward<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool, char* workspace) const {
   if (geometry_.output_size() == 0) return;
   const int64_t group_filters = geometry_.group_out_channels;
-  PackAll(
-      kernels_, geometry_.groups, geometry_.taps * geometry_.group_in_channels, group_filters, pool,
-      [&](int64_t group) {
-        return MatrixView<T>{tensors.filters + group * group_filters, geometry_.out_channels, 1};
-      },
-      packed_filters_.In(workspace));
   SetZero(zeros_.In(workspace), geometry_.in_channels);
 
   const int64_t group_stride = in_place_ ? group_filters : padded_group_filters_;
@@ -217,6 +234,24 @@ void Forward<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool, char* wo
                    channels_last_input_.In(workspace)),
       tensors.offset, tensors.mask};
   ChooseSquares(geometry_, kernels_, sampled.input, pool, by_squares_.In(workspace));
+  if (by_filters_) {
+    RunByFilters(sampled, tensors, pool, workspace);
+  } else {
+    RunByTiles(sampled, tensors, pool, workspace);
+  }
+}
+
+template <typename T, typename TOffset>
+void Forward<T, TOffset>::RunByTiles(const SampledTensors<T, TOffset>& sampled,
+                                     const Tensors& tensors, WorkerPool& pool,
+                                     char* workspace) const {
+  const int64_t group_filters = geometry_.group_out_channels;
+  PackAll(
+      kernels_, geometry_.groups, geometry_.taps * geometry_.group_in_channels, group_filters, pool,
+      [&](int64_t group) {
+        return MatrixView<T>{tensors.filters + group * group_filters, geometry_.out_channels, 1};
+      },
+      packed_filters_.In(workspace));
   const int64_t pixels = TotalPixels(geometry_);
   const int64_t tiles = CeilDivide(pixels, tile_pixels_);
   pool.RunJobs(tiles, [&](int64_t tile, int worker) {
@@ -269,6 +304,46 @@ void Forward<T, TOffset>::RunTile(const SampledTensors<T, TOffset>& sampled, con
     for (int64_t filter = 0; filter < filters; ++filter) {
       image[filter * geometry_.out_pixels + pixel % geometry_.out_pixels] = row[filter];
     }
+  }
+}
+
+template <typename T, typename TOffset>
+void Forward<T, TOffset>::RunByFilters(const SampledTensors<T, TOffset>& sampled,
+                                       const Tensors& tensors, WorkerPool& pool,
+                                       char* workspace) const {
+  if constexpr (std::is_same_v<T, Real>) {  // sums are formed in place
+    const int64_t filters = geometry_.out_channels, group_filters = geometry_.group_out_channels;
+    const int64_t depth = geometry_.taps * geometry_.group_in_channels;
+    const int64_t pixels = TotalPixels(geometry_);
+    const int64_t tiles = CeilDivide(pixels, tile_pixels_);
+    Real* columns = columns_.In(workspace);
+    pool.RunJobs(tiles, [&](int64_t job, int) {
+      const PixelRange tile = Tile(pixels, kernels_.row_block, tiles, job);
+      Real* tile_columns = columns + tile.first * column_stride_;
+      for (const SamplingPlan& plan : plans_) {
+        kernels_.sample(geometry_, sampled, plan, tile, by_squares_.In(workspace),
+                        zeros_.In(workspace), tile_columns, column_stride_);
+        tile_columns += plan.columns;
+      }
+    });
+    const int64_t blocks = CeilDivide(group_filters, block_filters_);
+    pool.RunJobs(geometry_.groups * blocks, [&](int64_t job, int worker) {
+      const int64_t group = job / blocks, first = job % blocks * block_filters_;
+      const int64_t count = std::min(block_filters_, group_filters - first);
+      const int64_t filter = group * group_filters + first;
+      Real* packed = packed_filters_.In(workspace, worker);
+      Real* sums = tensors.output + filter;
+      for (int64_t p = 0; p < pixels; ++p) {
+        std::memcpy(sums + p * filters, initial_row_.In(workspace) + filter, count * sizeof(Real));
+      }
+      for (int64_t begin = 0; begin < depth; begin += kBlockDepth) {
+        const int64_t block_depth = std::min(kBlockDepth, depth - begin);
+        kernels_.pack({tensors.filters + begin * filters + filter, filters, 1}, block_depth, count,
+                      block_depth, packed);
+        kernels_.multiply(columns + group * depth + begin, column_stride_, pixels, packed,
+                          block_depth, block_depth, count, sums, filters, /*accumulate=*/true);
+      }
+    });
   }
 }
 

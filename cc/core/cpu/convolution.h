@@ -51,6 +51,10 @@ struct FilterGradientTensors {
   T* bias_gradient;  // null: not wanted
 };
 
+// By tiles of pixels: each is sampled and, chunk by chunk of its columns, multiplied by the
+// filters, which were packed before. Or, where there are few pixels, by filters: all columns are
+// sampled before, and each block of the filters is packed by who multiplies it. The sums are the
+// same.
 template <typename T, typename TOffset>
 class Forward {
  public:
@@ -63,16 +67,22 @@ class Forward {
   void Run(const Tensors& tensors, WorkerPool& pool, char* workspace) const;
 
  private:
+  void RunByTiles(const SampledTensors<T, TOffset>& sampled, const Tensors& tensors,
+                  WorkerPool& pool, char* workspace) const;
+  void RunByFilters(const SampledTensors<T, TOffset>& sampled, const Tensors& tensors,
+                    WorkerPool& pool, char* workspace) const;
   void RunTile(const SampledTensors<T, TOffset>& sampled, const Tensors& tensors, PixelRange pixels,
                char* workspace, int worker) const;
 
   const Geometry geometry_;
   const ConvolutionKernels<T, TOffset>& kernels_;
   int64_t tile_pixels_;
-  int64_t column_stride_;         // of a tile's columns
+  int64_t column_stride_;
   int64_t padded_group_filters_;  // filters of a group, in whole panels
+  int64_t block_filters_;         // that are packed at a time, by filters
   std::vector<SamplingPlan> plans_;
   bool in_place_;  // sums are formed in the output itself
+  bool by_filters_;
   WorkspaceLayout layout_;
   Region<bool> by_squares_;
   Region<T> channels_last_input_, zeros_, narrow_row_;
