@@ -48,7 +48,7 @@ TYPES = {
     "bfloat16, float32": (ml_dtypes.bfloat16, np.float32),
 }
 # Channels and filters leave every remainder that vectors of 4, 8 or 16 have; more channels than a
-# vector, more pixels than a tile and more positions than the kernels take at a time (128) occur.
+# vector, more pixels than a tile and more positions than the kernels take at a time (256) occur.
 CASES = {
     "asymmetric": {},
     "narrow": {"in_channels": 3, "out_channels": 5, "groups": 1, "deformable_groups": 3},

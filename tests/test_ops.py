@@ -21,7 +21,7 @@ from oracle import Case, assert_close, random_case
 from tf_mdcn import modulated_deform_conv2d
 
 LAYOUTS = ["channels_last", "channels_first"]
-# What no random case has. Positions are deformable_groups * taps; the kernels take 128 at a time.
+# What no random case has. Positions are deformable_groups * taps; the kernels take 256 at a time.
 SHAPES = {
     "one pixel": {
         "batch": 1,
@@ -50,8 +50,8 @@ SHAPES = {
         "kernel_size": (3, 3),
         "in_size": (5, 4),
         "padding": "same",
-        "in_channels": 48,
-        "deformable_groups": 24,
+        "in_channels": 60,
+        "deformable_groups": 30,
     },
     "many channels": {
         "batch": 1,
@@ -311,7 +311,7 @@ def test_zero_offset_and_unit_mask_equal_conv2d(padding, strides, dilations, dty
     assert_close(without, expected, bound, "without")
 
 
-# More than a tile, a band of the input gradient, and 128 positions, for one image and for three.
+# More than a tile, a band of the input gradient, and 256 positions, for one image and for three.
 BATCH_CASES = {
     "plain": {},
     "remainders": {"in_size": (19, 17), "in_channels": 35, "out_channels": 9, "groups": 1,

@@ -13,7 +13,7 @@
 namespace mdcn::cpu {
 
 // Positions that a kernel computes at a time.
-constexpr int kMaxPositions = 128;
+constexpr int kMaxPositions = 256;
 
 // Positions whose mask channels (deformable_group * K + tap) are contiguous.
 struct PositionSpan {

@@ -385,6 +385,12 @@ MDCN_INLINE Corners<Vector<Real, kCount>> Broadcast(const Corners<Real>& weights
             _mm256_permute_ps(all, 0xaa), _mm256_permute_ps(all, 0xff)};
   }
 #endif
+  if constexpr (kCount == 4 && sizeof(Real) == 4) {
+    const Vector<Real, 4> all = LoadRaw<4>(&weights.low_low);
+    using Lanes = Vector<int32_t, 4>;
+    return {__builtin_shuffle(all, Lanes{0, 0, 0, 0}), __builtin_shuffle(all, Lanes{1, 1, 1, 1}),
+            __builtin_shuffle(all, Lanes{2, 2, 2, 2}), __builtin_shuffle(all, Lanes{3, 3, 3, 3})};
+  }
   const Vector<Real, kCount> zero{};
   return {zero + weights.low_low, zero + weights.low_high, zero + weights.high_low,
           zero + weights.high_high};
@@ -423,6 +429,20 @@ MDCN_INLINE Corners<Real> WeightsAt(const MaskedWeights<Real>& weights, int64_t 
           weights.high_high[position]};
 }
 
+template <int kCount, typename T, typename Real>
+MDCN_INLINE void InterpolateSquare(const CornerPixels<const T>& pixels,
+                                   const Corners<Real>& weights, int64_t i, int64_t channels,
+                                   Real* to) {
+  if constexpr (kCount >= 4) {
+    if (i + kCount <= channels) {
+      i = InterpolateVectors<kCount>(pixels, Broadcast<kCount>(weights), i, channels, to);
+    }
+    if (i < channels) InterpolateSquare<kCount / 2>(pixels, weights, i, channels, to);
+  } else {
+    Interpolate<kCount>(pixels, weights, i, channels, to);
+  }
+}
+
 // The runs of a pixel, square by square; `bytes` and `weights` are those of its positions.
 template <int64_t kRunChannels, typename T, typename Real>
 __attribute__((noinline)) void SampleSquares(const Run* run, const Run* end, const int32_t* bytes,
@@ -435,15 +455,7 @@ __attribute__((noinline)) void SampleSquares(const Run* run, const Run* end, con
         reinterpret_cast<const char*>(image + run->channel) + bytes[run->position]);
     const T* const high = low + row_size;
     const CornerPixels<const T> corners{low, low + pixel_size, high, high + pixel_size};
-    const Corners<Real>& scalars = weights[run->position];
-    int64_t i = 0;
-    if (channels >= kCount) {
-      i = InterpolateVectors<kCount>(corners, Broadcast<kCount>(scalars), i, channels,
-                                     to + run->column);
-    }
-    if (i < channels) {
-      Interpolate<kCount / 2>(corners, scalars, i, channels, to + run->column);
-    }
+    InterpolateSquare<kCount>(corners, weights[run->position], 0, channels, to + run->column);
   }
 }
 
