@@ -41,11 +41,14 @@ def cmake_instruction_sets():
 def test_same_flags_for_each_instruction_set():
     libraries = bazel_libraries()
     expected = cmake_instruction_sets()
-    assert set(expected) == {"baseline", "avx2", "avx512"}
+    assert set(expected) == {"baseline", "avx2", "avx512", "avx512bf16"}
     for name, flags in expected.items():
         rule = libraries[f"kernels_{name}"]
         assert rule["copts"] == flags
         assert rule["local_defines"] == [f"MDCN_ISA={name}"]
+    # What says that the last one is compiled in.
+    assert libraries["core"]["local_defines"] == ["MDCN_AVX512BF16"]
+    assert "(mdcn_core PRIVATE MDCN_AVX512BF16)" in (CC / "CMakeLists.txt").read_text()
 
 
 def test_same_sources():

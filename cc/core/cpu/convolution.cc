@@ -18,8 +18,8 @@ constexpr int64_t kTileBytes = 256 * 1024;
 constexpr int64_t kMaxTilePixels = 96;
 
 // Columns that are sampled before they are multiplied: whole taps where they fit.
-int64_t MaxColumns(const Geometry& geometry, int64_t real_bytes) {
-  const int64_t limit = kTileBytes / (kMaxTilePixels * real_bytes);
+int64_t MaxColumns(const Geometry& geometry, int64_t column_bytes) {
+  const int64_t limit = kTileBytes / (kMaxTilePixels * column_bytes);
   const int64_t channels = geometry.group_in_channels;
   const int64_t all = ColumnCount(geometry);
   if (all <= limit) return all;
@@ -118,7 +118,8 @@ void NarrowAll(const ConvolutionKernels<T, TOffset>& kernels, const ComputeType<
 
 // Packs `count` matrices. view(i) is the i-th; jobs follow its contiguous dimension.
 template <typename T, typename TOffset, typename View>
-void PackAll(const ConvolutionKernels<T, TOffset>& kernels, int64_t count, int64_t depth,
+void PackAll(const ConvolutionKernels<T, TOffset>& kernels,
+             const ProductKernels<T, TOffset>& product, int64_t count, int64_t depth,
              int64_t columns, WorkerPool& pool, const View& view, ComputeType<T>* packed) {
   const int64_t panels = CeilDivide(columns, kernels.panel_columns);
   const bool along_rows = view(0).column_stride == 1;
@@ -131,7 +132,7 @@ void PackAll(const ConvolutionKernels<T, TOffset>& kernels, int64_t count, int64
     const int64_t first = job % jobs / depth_jobs * job_columns;
     MatrixView<T> matrix = view(job / jobs);
     matrix.data += begin * matrix.depth_stride + first * matrix.column_stride;
-    kernels.pack(matrix, std::min(job_depth, depth - begin), std::min(job_columns, columns - first),
+    product.pack(matrix, std::min(job_depth, depth - begin), std::min(job_columns, columns - first),
                  depth,
                  packed + job / jobs * panels * depth * kernels.panel_columns + first * depth +
                      begin * kernels.panel_columns);
@@ -178,17 +179,33 @@ void SetZero(Element* elements, int64_t count) {
 
 // ---- Forward ----
 
+namespace {
+
+// Pairs where the machine has them and no plan can cut one: plans end where a group or a deformable
+// group does, or after the MaxColumns, even where these are.
+template <typename T, typename TOffset>
+const ProductKernels<T, TOffset>& ChooseProduct(const Geometry& geometry,
+                                                const ConvolutionKernels<T, TOffset>& kernels) {
+  const bool even =
+      geometry.group_in_channels % 2 == 0 && geometry.deformable_group_channels % 2 == 0;
+  return even && kernels.pairs.element_depth == 2 ? kernels.pairs : kernels;
+}
+
+}  // namespace
+
 template <typename T, typename TOffset>
 Forward<T, TOffset>::Forward(const Geometry& geometry, const InstructionSet& instruction_set,
                              int workers)
-    : geometry_(geometry), kernels_(KernelsOf<T, TOffset>(*instruction_set.kernels)) {
+    : geometry_(geometry),
+      kernels_(KernelsOf<T, TOffset>(*instruction_set.kernels)),
+      product_(ChooseProduct(geometry_, kernels_)) {
   const int64_t filters = geometry.group_out_channels;
   padded_group_filters_ = RoundUp(filters, kernels_.panel_columns);
   const int64_t padded_filters = geometry.groups * padded_group_filters_;
   const int64_t most_pixels = std::clamp<int64_t>(
       kTileBytes / (padded_filters * static_cast<int64_t>(sizeof(Real))), 24, kMaxTilePixels);
   tile_pixels_ = TilePixels(TotalPixels(geometry), kernels_.row_block, most_pixels, workers);
-  const int64_t max_columns = MaxColumns(geometry, sizeof(Real));
+  const int64_t max_columns = MaxColumns(geometry, sizeof(Real) / product_.element_depth);
   plans_ = PlanColumns(geometry, 0, ColumnCount(geometry), max_columns);
   in_place_ =
       std::is_same_v<T, Real> && !ChannelsFirst(geometry) && filters % kernels_.vector_length == 0;
@@ -206,9 +223,10 @@ Forward<T, TOffset>::Forward(const Geometry& geometry, const InstructionSet& ins
     packed_filters_ = layout_.Add<Real>(kBlockDepth * block_filters_, workers);
     return;
   }
-  column_stride_ = RowStride(max_columns);
+  column_stride_ = RowStride(max_columns / product_.element_depth);
   columns_ = layout_.Add<Real>(tile_pixels_ * column_stride_, workers);
-  packed_filters_ = layout_.Add<Real>(padded_filters * geometry.taps * geometry.group_in_channels);
+  packed_filters_ = layout_.Add<Real>(padded_filters * geometry.taps * geometry.group_in_channels /
+                                      product_.element_depth);
   if (!in_place_) {
     sums_ = layout_.Add<Real>(tile_pixels_ * padded_filters, workers);
     narrow_row_ = layout_.Add<T>(geometry.out_channels, workers);
@@ -247,9 +265,11 @@ void Forward<T, TOffset>::RunByTiles(const SampledTensors<T, TOffset>& sampled,
                                      char* workspace) const {
   const int64_t group_filters = geometry_.group_out_channels;
   PackAll(
-      kernels_, geometry_.groups, geometry_.taps * geometry_.group_in_channels, group_filters, pool,
+      kernels_, product_, geometry_.groups,
+      geometry_.taps * geometry_.group_in_channels / product_.element_depth, group_filters, pool,
       [&](int64_t group) {
-        return MatrixView<T>{tensors.filters + group * group_filters, geometry_.out_channels, 1};
+        return MatrixView<T>{tensors.filters + group * group_filters,
+                             product_.element_depth * geometry_.out_channels, 1};
       },
       packed_filters_.In(workspace));
   const int64_t pixels = TotalPixels(geometry_);
@@ -263,7 +283,8 @@ template <typename T, typename TOffset>
 void Forward<T, TOffset>::RunTile(const SampledTensors<T, TOffset>& sampled, const Tensors& tensors,
                                   PixelRange pixels, char* workspace, int worker) const {
   const int64_t filters = geometry_.out_channels, group_filters = geometry_.group_out_channels;
-  const int64_t depth = geometry_.taps * geometry_.group_in_channels;
+  const int64_t element_depth = product_.element_depth;
+  const int64_t depth = geometry_.taps * geometry_.group_in_channels / element_depth;
   const int64_t sums_group = in_place_ ? group_filters : padded_group_filters_;
   const int64_t sums_stride = geometry_.groups * sums_group;
   Real* sums;
@@ -278,15 +299,15 @@ void Forward<T, TOffset>::RunTile(const SampledTensors<T, TOffset>& sampled, con
 
   Real* columns = columns_.In(workspace, worker);
   for (const SamplingPlan& plan : plans_) {
-    kernels_.sample(geometry_, sampled, plan, pixels, by_squares_.In(workspace),
+    product_.sample(geometry_, sampled, plan, pixels, by_squares_.In(workspace),
                     zeros_.In(workspace), columns, column_stride_);
     for (const GroupPiece& piece : plan.pieces) {
       const Real* packed = packed_filters_.In(workspace) +
                            piece.group * depth * padded_group_filters_ +
-                           piece.depth_begin * kernels_.panel_columns;
-      kernels_.multiply(columns + piece.column, column_stride_, pixels.count, packed, depth,
-                        piece.depth, group_filters, sums + piece.group * sums_group, sums_stride,
-                        /*accumulate=*/true);
+                           piece.depth_begin / element_depth * kernels_.panel_columns;
+      product_.multiply(columns + piece.column / element_depth, column_stride_, pixels.count,
+                        packed, depth, piece.depth / element_depth, group_filters,
+                        sums + piece.group * sums_group, sums_stride, /*accumulate=*/true);
     }
   }
   if (in_place_) return;
@@ -410,7 +431,7 @@ void InputGradient<T, TOffset>::Run(const Tensors& tensors, WorkerPool& pool,
   const int64_t padded_group_columns = RoundUp(group_columns, kernels_.panel_columns);
   Real* packed = packed_filters_.In(workspace);
   PackAll(
-      kernels_, geometry_.groups, group_filters, group_columns, pool,
+      kernels_, kernels_, geometry_.groups, group_filters, group_columns, pool,
       [&](int64_t group) {
         return MatrixView<T>{tensors.filters + group * group_filters, 1, filters};
       },

@@ -76,8 +76,9 @@ class Forward {
 
   const Geometry geometry_;
   const ConvolutionKernels<T, TOffset>& kernels_;
+  const ProductKernels<T, TOffset>& product_;
   int64_t tile_pixels_;
-  int64_t column_stride_;
+  int64_t column_stride_;         // in elements
   int64_t padded_group_filters_;  // filters of a group, in whole panels
   int64_t block_filters_;         // that are packed at a time, by filters
   std::vector<SamplingPlan> plans_;

@@ -14,6 +14,9 @@ extern const KernelSet kKernels;
 namespace avx512 {
 extern const KernelSet kKernels;
 }
+namespace avx512bf16 {
+extern const KernelSet kKernels;
+}
 #endif
 
 const std::vector<InstructionSet>& AvailableInstructionSets() {
@@ -23,10 +26,19 @@ const std::vector<InstructionSet>& AvailableInstructionSets() {
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                           __builtin_cpu_supports("f16c");
-    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      available->push_back({"avx512", &avx512::kKernels});
+    const bool has_avx512 =
+        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512) available->push_back({"avx512", &avx512::kKernels});
+#if defined(MDCN_AVX512BF16)  // compiled in
+    // Not the best on Intel's: vdpbf16ps takes four times as long as a multiply-add from Sapphire
+    // Rapids on (4 micro-operations; libxsmm/tpp-mlir's pull request 1025 found products in
+    // bfloat16 to take twice as long as in float32). On AMD's it takes as long as one.
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
+      available->insert(__builtin_cpu_is("intel") ? available->end() : available->begin(),
+                        {"avx512bf16", &avx512bf16::kKernels});
     }
+#endif
     if (has_avx2) available->push_back({"avx2", &avx2::kKernels});
 #endif
     available->push_back({"baseline", &baseline::kKernels});

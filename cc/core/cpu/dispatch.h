@@ -11,7 +11,7 @@
 namespace mdcn::cpu {
 
 struct InstructionSet {
-  const char* name;  // "baseline", "avx2", "avx512"
+  const char* name;  // "baseline", "avx2", "avx512", "avx512bf16"
   const KernelSet* kernels;
 };
 

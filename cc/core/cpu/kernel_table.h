@@ -33,16 +33,19 @@ struct PixelRange {
   int64_t first, count;
 };
 
+// What the columns go through: packed filters, sampling and the product of the two, all with the
+// same elements. An element is a Real; or, for bfloat16 on machines that multiply it, the pair of
+// two consecutive depths (the even one in the low half), which takes the room of one Real. Every
+// depth and stride here counts elements, of whatever kind.
 template <typename T, typename TOffset>
-struct ConvolutionKernels {
+struct ProductKernels {
   using Real = ComputeType<T>;
 
-  int panel_columns;  // in a packed panel: what the product computes side by side
-  int row_block;      // rows that the product computes at a time
-  int vector_length;  // elements of Real
+  int element_depth;  // depths of an element: 1 or 2
 
   // Packs depths [0, depth) of columns [0, columns) of a matrix into panels
-  // [panel][panel_depth][panel_columns], the last one filled up with zeros.
+  // [panel][panel_depth][panel_columns], the last one filled up with zeros. The second row of a
+  // pair is half a depth_stride from the first.
   void (*pack)(const MatrixView<T>& matrix, int64_t depth, int64_t columns, int64_t panel_depth,
                Real* panels);
 
@@ -52,13 +55,6 @@ struct ConvolutionKernels {
                    int64_t panel_depth, int64_t depth, int64_t columns, Real* c, int64_t c_stride,
                    bool accumulate);
 
-  // c[row][column] += sum over depth of a[depth][row] * b[depth][column], the sum formed first.
-  void (*add_transposed_product)(const Real* a, int64_t a_stride, int64_t rows, const Real* b,
-                                 int64_t depth, int64_t columns, Real* c, int64_t c_stride);
-
-  // Whether the outermost two rows and columns of a channels-last image are finite.
-  bool (*frame_is_finite)(const T* image, int64_t height, int64_t width, int64_t channels);
-
   // Fills the plan's columns for each pixel, masked. `by_squares` says of each image whether it is
   // sampled square by square: its frame must be finite, and it must have at least two rows and
   // columns and less than 2 GiB. `zeros` has in_channels zeros: what a corner outside of another
@@ -66,6 +62,24 @@ struct ConvolutionKernels {
   void (*sample)(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
                  const SamplingPlan& plan, PixelRange pixels, const bool* by_squares,
                  const T* zeros, Real* columns, int64_t column_stride);
+};
+
+template <typename T, typename TOffset>
+struct ConvolutionKernels : ProductKernels<T, TOffset> {
+  using Real = ComputeType<T>;
+
+  ProductKernels<T, TOffset> pairs;  // all null where there are none
+
+  int panel_columns;  // in a packed panel: what the product computes side by side
+  int row_block;      // rows that the product computes at a time
+  int vector_length;  // elements of Real
+
+  // c[row][column] += sum over depth of a[depth][row] * b[depth][column], the sum formed first.
+  void (*add_transposed_product)(const Real* a, int64_t a_stride, int64_t rows, const Real* b,
+                                 int64_t depth, int64_t columns, Real* c, int64_t c_stride);
+
+  // Whether the outermost two rows and columns of a channels-last image are finite.
+  bool (*frame_is_finite)(const T* image, int64_t height, int64_t width, int64_t channels);
 
   // From the gradient of whole rows of columns: the gradients of offset and mask (null: not wanted)
   // at the plan's positions.

@@ -9,16 +9,25 @@ namespace mdcn::cpu::MDCN_ISA {
 namespace {
 
 template <typename T, typename TOffset>
+constexpr ProductKernels<T, TOffset> Pairs() {
+#if defined(MDCN_BFLOAT16_PAIRS)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {2, Pack<T, BFloat16Pair>, Multiply<BFloat16Pair>, Sample<T, TOffset, BFloat16>};
+  }
+#endif
+  return {};
+}
+
+template <typename T, typename TOffset>
 constexpr ConvolutionKernels<T, TOffset> Table() {
   using Real = ComputeType<T>;
-  return {kPanelColumns<Real>,
+  return {{1, Pack<T, Real>, Multiply<Real>, Sample<T, TOffset, Real>},
+          Pairs<T, TOffset>(),
+          kPanelColumns<Real>,
           kRowBlock,
           kLanes<Real>,
-          Pack<T>,
-          Multiply<Real>,
           AddTransposedProduct<Real>,
           FrameIsFinite<T>,
-          Sample<T, TOffset>,
           PositionGradients<T, TOffset>,
           Scatter<T, TOffset>,
           AddRows<T>,

@@ -399,10 +399,10 @@ MDCN_INLINE Corners<Vector<Real, kCount>> Broadcast(const Corners<Real>& weights
 // Channels from `i` on; weights are scalars or vectors. Fused, the order is low_low, low_high,
 // high_low, high_high: corners that a square was moved to are added where those that exist would
 // have been, so that the two ways to sample agree to the last bit.
-template <int kCount, typename T, typename Weight, typename Real>
+template <int kCount, typename T, typename Weight, typename Column>
 MDCN_INLINE int64_t InterpolateVectors(const CornerPixels<const T>& pixels,
                                        const Corners<Weight>& weights, int64_t i, int64_t channels,
-                                       Real* to) {
+                                       Column* to) {
 #pragma GCC unroll 4
   for (; i + kCount <= channels; i += kCount) {
     Store<kCount>(weights.low_high * Load<kCount>(pixels.low_high + i) +
@@ -414,9 +414,9 @@ MDCN_INLINE int64_t InterpolateVectors(const CornerPixels<const T>& pixels,
   return i;
 }
 
-template <int kCount, typename T, typename Real>
+template <int kCount, typename T, typename Real, typename Column>
 MDCN_INLINE void Interpolate(const CornerPixels<const T>& pixels, const Corners<Real>& weights,
-                             int64_t i, int64_t channels, Real* to) {
+                             int64_t i, int64_t channels, Column* to) {
   i = InterpolateVectors<kCount>(pixels, weights, i, channels, to);
   if constexpr (kCount > 1) {
     if (i < channels) Interpolate<kCount / 2>(pixels, weights, i, channels, to);
@@ -429,10 +429,10 @@ MDCN_INLINE Corners<Real> WeightsAt(const MaskedWeights<Real>& weights, int64_t 
           weights.high_high[position]};
 }
 
-template <int kCount, typename T, typename Real>
+template <int kCount, typename T, typename Real, typename Column>
 MDCN_INLINE void InterpolateSquare(const CornerPixels<const T>& pixels,
                                    const Corners<Real>& weights, int64_t i, int64_t channels,
-                                   Real* to) {
+                                   Column* to) {
   if constexpr (kCount >= 4) {
     if (i + kCount <= channels) {
       i = InterpolateVectors<kCount>(pixels, Broadcast<kCount>(weights), i, channels, to);
@@ -444,10 +444,10 @@ MDCN_INLINE void InterpolateSquare(const CornerPixels<const T>& pixels,
 }
 
 // The runs of a pixel, square by square; `bytes` and `weights` are those of its positions.
-template <int64_t kRunChannels, typename T, typename Real>
+template <int64_t kRunChannels, typename T, typename Real, typename Column>
 __attribute__((noinline)) void SampleSquares(const Run* run, const Run* end, const int32_t* bytes,
                                              const Corners<Real>* weights, const T* image,
-                                             int64_t pixel_size, int64_t row_size, Real* to) {
+                                             int64_t pixel_size, int64_t row_size, Column* to) {
   constexpr int kCount = kLanes<Real>;
   for (; run < end; ++run) {
     const int64_t channels = kRunChannels > 0 ? kRunChannels : run->count;
@@ -476,19 +476,21 @@ MDCN_INLINE void PrefetchRowsAhead(const Geometry& geometry, const PixelBatch& b
   for (int64_t i = 0; i < pixels * pixel_bytes; i += kLineBytes) __builtin_prefetch(line + i);
 }
 
-template <typename T, typename TOffset>
+// Columns are stored as Column: Reals, or bfloat16s, of which two are a pair.
+template <typename T, typename TOffset, typename Column>
 void Sample(const Geometry& geometry, const SampledTensors<T, TOffset>& tensors,
             const SamplingPlan& plan, PixelRange pixels, const bool* by_squares, const T* zeros,
             ComputeType<T>* columns, int64_t column_stride) {
   using Real = ComputeType<T>;
   const Locator<T, TOffset> locator(geometry, tensors, plan);
+  column_stride *= sizeof(Real) / sizeof(Column);
   WithRunChannels<Real>(plan, [&](auto run_channels) {
     constexpr int64_t kRunChannels = decltype(run_channels)::value;
     Squares<Real> squares;
     Positions<Real> positions;
     MaskedWeights<Real> weights;
     CornerOffsets offsets;
-    Real* to = columns;
+    auto* to = reinterpret_cast<Column*>(columns);
     ForEachBatch(geometry, plan, pixels, [&](const PixelBatch& batch) {
       const T* image = tensors.input + batch.image * geometry.in_pixels * geometry.in_channels;
       PrefetchRowsAhead(geometry, batch, image);

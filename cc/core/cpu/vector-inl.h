@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -21,10 +22,19 @@
 #define MDCN_VECTOR_BYTES 16
 #endif
 
+// Bfloat16 can also be multiplied in pairs (product-inl.h): where there is an instruction for it,
+// and where a test asks for it, to have that way compiled for machines that lack the instruction.
+#if defined(__AVX512BF16__)
+#define MDCN_BFLOAT16_PAIRS
+#endif
+
 #define MDCN_INLINE inline __attribute__((always_inline))
 
 namespace mdcn::cpu::MDCN_ISA {
 namespace {
+
+// Two consecutive depths, the even one in the low half.
+using BFloat16Pair = uint32_t;
 
 template <typename Real>
 constexpr int kLanes = MDCN_VECTOR_BYTES / sizeof(Real);
@@ -131,16 +141,44 @@ MDCN_INLINE Vector<float, kCount> Load(const Half* from) {
   return BitCast<Reals>(magnitude | ((half & 0x8000u) << 16));
 }
 
-template <int kCount, typename Real>
-MDCN_INLINE void Store(const Vector<Real, kCount>& vector, Real* to) {
-  std::memcpy(to, &vector, sizeof(vector));
+// The bits of bfloat16s, rounded to nearest even; a NaN stays one.
+template <int kCount>
+MDCN_INLINE Vector<uint32_t, kCount> NarrowBits(const Vector<float, kCount>& values) {
+  const auto bits = BitCast<Vector<uint32_t, kCount>>(values);
+  return values != values ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
-// Round to nearest even; a NaN stays one.
 MDCN_INLINE BFloat16 NarrowOne(float value, BFloat16) {
-  const uint32_t bits = BitCast<uint32_t>(value);
-  if (value != value) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  return {static_cast<uint16_t>(NarrowBits<1>(value))};
+}
+
+// In vectors of two or more. The instructions take subnormal numbers as zeros, as the product does.
+template <int kCount>
+MDCN_INLINE void StoreNarrow(const Vector<float, kCount>& vector, BFloat16* to) {
+#if defined(__AVX512BF16__)
+  if constexpr (kCount == 16) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(vector);
+    return void(std::memcpy(to, &narrow, sizeof(narrow)));
+  }
+  if constexpr (kCount == 8) {
+    const __m128bh narrow = _mm256_cvtneps_pbh(vector);
+    return void(std::memcpy(to, &narrow, sizeof(narrow)));
+  }
+#endif
+  const auto narrow = __builtin_convertvector(NarrowBits<kCount>(vector), Vector<uint16_t, kCount>);
+  std::memcpy(to, &narrow, sizeof(narrow));
+}
+
+template <int kCount, typename T>
+MDCN_INLINE void Store(const Vector<ComputeType<T>, kCount>& vector, T* to) {
+  if constexpr (std::is_same_v<T, ComputeType<T>>) {
+    std::memcpy(to, &vector, sizeof(vector));
+  } else if constexpr (kCount == 1) {
+    *to = NarrowOne(vector, T{});
+  } else {
+    static_assert(std::is_same_v<T, BFloat16>);
+    StoreNarrow<kCount>(vector, to);
+  }
 }
 
 MDCN_INLINE Half NarrowOne(float value, Half) {
