@@ -396,20 +396,44 @@ MDCN_INLINE Corners<Vector<Real, kCount>> Broadcast(const Corners<Real>& weights
           zero + weights.high_high};
 }
 
-// Channels from `i` on; weights are scalars or vectors. Fused, the order is low_low, low_high,
-// high_low, high_high: corners that a square was moved to are added where those that exist would
-// have been, so that the two ways to sample agree to the last bit.
+// Weights are scalars or vectors. Fused, the order is low_low, low_high, high_low, high_high:
+// corners that a square was moved to are added where those that exist would have been, so that the
+// two ways to sample agree to the last bit.
+template <typename T, typename Weight, typename Load>
+MDCN_INLINE auto SumOfCorners(const CornerPixels<const T>& pixels, const Corners<Weight>& weights,
+                              const Load& load) {
+  return weights.low_high * load(pixels.low_high) + weights.low_low * load(pixels.low_low) +
+         weights.high_low * load(pixels.high_low) + weights.high_high * load(pixels.high_high);
+}
+
+// Channels from `i` on, as many as fill vectors.
 template <int kCount, typename T, typename Weight, typename Column>
 MDCN_INLINE int64_t InterpolateVectors(const CornerPixels<const T>& pixels,
                                        const Corners<Weight>& weights, int64_t i, int64_t channels,
                                        Column* to) {
 #pragma GCC unroll 4
   for (; i + kCount <= channels; i += kCount) {
-    Store<kCount>(weights.low_high * Load<kCount>(pixels.low_high + i) +
-                      weights.low_low * Load<kCount>(pixels.low_low + i) +
-                      weights.high_low * Load<kCount>(pixels.high_low + i) +
-                      weights.high_high * Load<kCount>(pixels.high_high + i),
-                  to + i);
+    const auto load = [i](const T* from) { return Load<kCount>(from + i); };
+    Store<kCount>(SumOfCorners(pixels, weights, load), to + i);
+  }
+  return i;
+}
+
+// From bfloat16 to bfloat16, two vectors at a time: the even channels and the odd ones. To widen
+// and to store neighbours together takes twice as many operations.
+template <int kCount>
+MDCN_INLINE int64_t InterpolatePairs(const CornerPixels<const BFloat16>& pixels,
+                                     const Corners<Vector<float, kCount>>& weights, int64_t i,
+                                     int64_t channels, BFloat16* to) {
+  using Reals = Vector<float, kCount>;
+  for (; i + 2 * kCount <= channels; i += 2 * kCount) {
+    const auto load = [i](const BFloat16* from) {
+      return BitCast<Vector<BFloat16Pair, kCount>>(LoadRaw<2 * kCount>(&from[i].bits));
+    };
+    const auto even = [&](const BFloat16* from) { return BitCast<Reals>(load(from) << 16); };
+    const auto odd = [&](const BFloat16* from) { return BitCast<Reals>(load(from) & 0xffff0000u); };
+    StorePairs<kCount>(SumOfCorners(pixels, weights, even), SumOfCorners(pixels, weights, odd),
+                       to + i);
   }
   return i;
 }
@@ -435,7 +459,11 @@ MDCN_INLINE void InterpolateSquare(const CornerPixels<const T>& pixels,
                                    Column* to) {
   if constexpr (kCount >= 4) {
     if (i + kCount <= channels) {
-      i = InterpolateVectors<kCount>(pixels, Broadcast<kCount>(weights), i, channels, to);
+      const auto vectors = Broadcast<kCount>(weights);
+      if constexpr (std::is_same_v<Column, BFloat16> && kCount == kLanes<Real>) {
+        i = InterpolatePairs<kCount>(pixels, vectors, i, channels, to);
+      }
+      i = InterpolateVectors<kCount>(pixels, vectors, i, channels, to);
     }
     if (i < channels) InterpolateSquare<kCount / 2>(pixels, weights, i, channels, to);
   } else {

@@ -169,6 +169,21 @@ MDCN_INLINE void StoreNarrow(const Vector<float, kCount>& vector, BFloat16* to) 
   std::memcpy(to, &narrow, sizeof(narrow));
 }
 
+// Likewise, an element of each in turn.
+template <int kCount>
+MDCN_INLINE void StorePairs(const Vector<float, kCount>& even, const Vector<float, kCount>& odd,
+                            BFloat16* to) {
+#if defined(__AVX512BF16__)
+  Vector<uint16_t, 2 * kCount> order;
+  for (int i = 0; i < 2 * kCount; ++i) order[i] = i / 2 + i % 2 * kCount;
+  const auto both = BitCast<Vector<uint16_t, 2 * kCount>>(_mm512_cvtne2ps_pbh(odd, even));
+  const auto narrow = __builtin_shuffle(both, order);
+#else
+  const auto narrow = NarrowBits<kCount>(even) | NarrowBits<kCount>(odd) << 16;
+#endif
+  std::memcpy(to, &narrow, sizeof(narrow));
+}
+
 template <int kCount, typename T>
 MDCN_INLINE void Store(const Vector<ComputeType<T>, kCount>& vector, T* to) {
   if constexpr (std::is_same_v<T, ComputeType<T>>) {
