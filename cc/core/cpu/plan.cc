@@ -57,8 +57,8 @@ SamplingPlan MakePlan(const Geometry& geometry, const std::vector<ChannelRun>& r
   // Where all that a kernel reads is contiguous, whole vectors go over the ends of pixels.
   if (geometry.data_format == DataFormat::kChannelsLast &&
       plan.positions == geometry.deformable_groups * geometry.taps) {
-    plan.batch_pixels =
-        static_cast<int>(std::min<int64_t>(kMaxPositions / plan.positions, geometry.out_width));
+    plan.batch_pixels = static_cast<int>(
+        std::clamp<int64_t>(kBatchPositions / plan.positions, 1, geometry.out_width));
   }
   for (int i = plan.positions; i < plan.batch_pixels * plan.positions; ++i) {
     plan.tap_y.push_back(plan.tap_y[i - plan.positions]);

@@ -12,8 +12,10 @@
 
 namespace mdcn::cpu {
 
-// Positions that a kernel computes at a time.
+// Positions that a kernel computes at a time: what it has room for, and how many it shares between
+// pixels side by side. Twice as many made narrow layers 3 to 6% slower.
 constexpr int kMaxPositions = 256;
+constexpr int kBatchPositions = 128;
 
 // Positions whose mask channels (deformable_group * K + tap) are contiguous.
 struct PositionSpan {
