@@ -90,20 +90,20 @@ MDCN_INLINE Corners<Vector<Real, kCount>> Broadcast(const Corners<Real>& weights
           zero + weights.high_high};
 }
 
-// Weights are scalars or vectors. Fused, the order is low_low, low_high, high_low, high_high:
-// corners that a square was moved to are added where those that exist would have been, so that the
-// two ways to sample agree to the last bit.
-template <typename T, typename Weight, typename Load>
-MDCN_INLINE auto SumOfCorners(const CornerPixels<const T>& pixels, const Corners<Weight>& weights,
-                              const Load& load) {
+// Fused, the order is low_low, low_high, high_low, high_high: corners that a square was moved to
+// are added where those that exist would have been, so that the two ways to sample agree to the
+// last bit.
+template <typename T, typename V, typename Load>
+MDCN_INLINE V SumOfCorners(const CornerPixels<const T>& pixels, const Corners<V>& weights,
+                           const Load& load) {
   return weights.low_high * load(pixels.low_high) + weights.low_low * load(pixels.low_low) +
          weights.high_low * load(pixels.high_low) + weights.high_high * load(pixels.high_high);
 }
 
 // Channels from `i` on, as many as fill vectors.
-template <int kCount, typename T, typename Weight, typename Column>
+template <int kCount, typename T, typename V, typename Column>
 MDCN_INLINE int64_t InterpolateVectors(const CornerPixels<const T>& pixels,
-                                       const Corners<Weight>& weights, int64_t i, int64_t channels,
+                                       const Corners<V>& weights, int64_t i, int64_t channels,
                                        Column* to) {
 #pragma GCC unroll 4
   for (; i + kCount <= channels; i += kCount) {
@@ -132,36 +132,25 @@ MDCN_INLINE int64_t InterpolatePairs(const CornerPixels<const BFloat16>& pixels,
   return i;
 }
 
-template <int kCount, typename T, typename Real, typename Column>
-MDCN_INLINE void Interpolate(const CornerPixels<const T>& pixels, const Corners<Real>& weights,
-                             int64_t i, int64_t channels, Column* to) {
-  i = InterpolateVectors<kCount>(pixels, weights, i, channels, to);
-  if constexpr (kCount > 1) {
-    if (i < channels) Interpolate<kCount / 2>(pixels, weights, i, channels, to);
-  }
-}
-
 template <typename Real>
 MDCN_INLINE Corners<Real> WeightsAt(const MaskedWeights<Real>& weights, int64_t position) {
   return {weights.low_low[position], weights.low_high[position], weights.high_low[position],
           weights.high_high[position]};
 }
 
+// All channels from `i` on: in vectors, then in shorter ones.
 template <int kCount, typename T, typename Real, typename Column>
-MDCN_INLINE void InterpolateSquare(const CornerPixels<const T>& pixels,
-                                   const Corners<Real>& weights, int64_t i, int64_t channels,
-                                   Column* to) {
-  if constexpr (kCount >= 4) {
-    if (i + kCount <= channels) {
-      const auto vectors = Broadcast<kCount>(weights);
-      if constexpr (std::is_same_v<Column, BFloat16> && kCount == kLanes<Real>) {
-        i = InterpolatePairs<kCount>(pixels, vectors, i, channels, to);
-      }
-      i = InterpolateVectors<kCount>(pixels, vectors, i, channels, to);
+MDCN_INLINE void Interpolate(const CornerPixels<const T>& pixels, const Corners<Real>& weights,
+                             int64_t i, int64_t channels, Column* to) {
+  if (i + kCount <= channels) {
+    const auto vectors = Broadcast<kCount>(weights);
+    if constexpr (std::is_same_v<Column, BFloat16> && kCount == kLanes<Real>) {
+      i = InterpolatePairs<kCount>(pixels, vectors, i, channels, to);
     }
-    if (i < channels) InterpolateSquare<kCount / 2>(pixels, weights, i, channels, to);
-  } else {
-    Interpolate<kCount>(pixels, weights, i, channels, to);
+    i = InterpolateVectors<kCount>(pixels, vectors, i, channels, to);
+  }
+  if constexpr (kCount > 1) {
+    if (i < channels) Interpolate<kCount / 2>(pixels, weights, i, channels, to);
   }
 }
 
@@ -177,7 +166,7 @@ __attribute__((noinline)) void SampleSquares(const Run* run, const Run* end, con
         reinterpret_cast<const char*>(image + run->channel) + bytes[run->position]);
     const T* const high = low + row_size;
     const CornerPixels<const T> corners{low, low + pixel_size, high, high + pixel_size};
-    InterpolateSquare<kCount>(corners, weights[run->position], 0, channels, to + run->column);
+    Interpolate<kCount>(corners, weights[run->position], 0, channels, to + run->column);
   }
 }
 
