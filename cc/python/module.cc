@@ -8,11 +8,11 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "core/cpu/convolution.h"
 #include "core/cpu/dispatch.h"
+#include "core/cpu/thread_pool.h"
 #include "core/geometry.h"
 
 namespace py = pybind11;
@@ -27,21 +27,6 @@ void ThrowIfError(const Status& status) {
   if (status.code() == Status::Code::kInvalidArgument) throw py::value_error(status.message());
   throw std::runtime_error(status.message());
 }
-
-class ThreadPool : public cpu::WorkerPool {
- public:
-  explicit ThreadPool(int workers) : workers_(workers) {}
-  int workers() const override { return workers_; }
-  void Run(int count, const std::function<void(int)>& body) override {
-    std::vector<std::thread> threads;
-    for (int worker = 1; worker < count; ++worker) threads.emplace_back(body, worker);
-    if (count > 0) body(0);
-    for (std::thread& thread : threads) thread.join();
-  }
-
- private:
-  const int workers_;
-};
 
 class AlignedBuffer {
  public:
@@ -199,7 +184,7 @@ void RunOperation(const Operation& operation, const typename Operation::Tensors&
                   int threads) {
   py::gil_scoped_release release;
   AlignedBuffer workspace(operation.workspace_bytes());
-  ThreadPool pool(threads);
+  cpu::ThreadPool pool(threads);
   operation.Run(tensors, pool, workspace.data());
 }
 

@@ -4,10 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "core/cpu/convolution.h"
+#include "core/cpu/thread_pool.h"
 
 namespace mdcn::cpu {
 namespace baseline {
@@ -15,20 +15,6 @@ extern const KernelSet kKernels;
 }
 
 namespace {
-
-class Threads : public WorkerPool {
- public:
-  explicit Threads(int workers) : workers_(workers) {}
-  int workers() const override { return workers_; }
-  void Run(int count, const std::function<void(int)>& body) override {
-    std::vector<std::thread> threads;
-    for (int worker = 0; worker < count; ++worker) threads.emplace_back(body, worker);
-    for (std::thread& thread : threads) thread.join();
-  }
-
- private:
-  const int workers_;
-};
 
 // Whether nothing was written behind the workspace, which is full of NaN before.
 template <typename TOffset>
@@ -38,7 +24,7 @@ bool RunForward(const Geometry& geometry, int workers, const void* const* tensor
   const std::unique_ptr<char, void (*)(void*)> workspace(
       static_cast<char*>(std::aligned_alloc(64, bytes / 64 * 64 + 64)), std::free);
   std::memset(workspace.get(), 0xff, bytes / 64 * 64 + 64);
-  Threads pool(workers);
+  ThreadPool pool(workers);
   forward.Run({static_cast<const BFloat16*>(tensors[0]), static_cast<const BFloat16*>(tensors[1]),
                static_cast<const TOffset*>(tensors[2]), static_cast<const TOffset*>(tensors[3]),
                static_cast<const BFloat16*>(tensors[4]), static_cast<BFloat16*>(output)},
