@@ -5,11 +5,12 @@
 #include <limits>
 #include <type_traits>
 
+#include "core/cpu/layout.h"
+
 namespace mdcn::cpu {
 namespace {
 
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDivide(a, multiple) * multiple; }
+int64_t TotalPixels(const Geometry& geometry) { return geometry.batch * geometry.out_pixels; }
 
 // ---- Tuning. Each function is pure; none of the choices changes a result. ----
 
@@ -42,7 +43,7 @@ constexpr int64_t kBlockDepth = 256;
 constexpr int64_t kBlockPanels = 4;
 
 bool HasFewPixels(const Geometry& geometry, int64_t real_bytes) {
-  const int64_t pixels = geometry.batch * geometry.out_pixels, columns = ColumnCount(geometry);
+  const int64_t pixels = TotalPixels(geometry), columns = ColumnCount(geometry);
   return pixels <= kFewPixels && pixels * columns * real_bytes <= kAllColumnsBytes &&
          geometry.filters_size() * real_bytes > kTileBytes;
 }
@@ -64,96 +65,6 @@ PixelRange Tile(int64_t pixels, int64_t row_block, int64_t tiles, int64_t tile) 
   return {first, end - first};
 }
 
-// ---- Layout changes. ----
-
-constexpr int64_t kTransposeBlock = 256;  // pixels of a job
-
-// [N, C, pixels] -> [N, pixels, C].
-template <typename T>
-void ToChannelsLast(const T* from, int64_t batch, int64_t channels, int64_t pixels,
-                    WorkerPool& pool, T* to) {
-  const int64_t blocks = CeilDivide(pixels, kTransposeBlock);
-  pool.RunJobs(batch * blocks, [&](int64_t job, int) {
-    const int64_t image = job / blocks, begin = job % blocks * kTransposeBlock;
-    const int64_t end = std::min(pixels, begin + kTransposeBlock);
-    for (int64_t first = 0; first < channels; first += 16) {
-      const int64_t last = std::min(channels, first + 16);
-      for (int64_t pixel = begin; pixel < end; ++pixel) {
-        for (int64_t channel = first; channel < last; ++channel) {
-          to[(image * pixels + pixel) * channels + channel] =
-              from[(image * channels + channel) * pixels + pixel];
-        }
-      }
-    }
-  });
-}
-
-// [N, pixels, C] -> [N, C, pixels], narrowed.
-template <typename T, typename TOffset>
-void ToChannelsFirst(const ConvolutionKernels<T, TOffset>& kernels, const ComputeType<T>* from,
-                     int64_t batch, int64_t channels, int64_t pixels, WorkerPool& pool, T* to) {
-  const int64_t blocks = CeilDivide(pixels, kTransposeBlock);
-  pool.RunJobs(batch * blocks, [&](int64_t job, int) {
-    const int64_t image = job / blocks, begin = job % blocks * kTransposeBlock;
-    const int64_t end = std::min(pixels, begin + kTransposeBlock);
-    ComputeType<T> line[kTransposeBlock];
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      for (int64_t pixel = begin; pixel < end; ++pixel) {
-        line[pixel - begin] = from[(image * pixels + pixel) * channels + channel];
-      }
-      kernels.narrow(line, end - begin, to + (image * channels + channel) * pixels + begin);
-    }
-  });
-}
-
-template <typename T, typename TOffset>
-void NarrowAll(const ConvolutionKernels<T, TOffset>& kernels, const ComputeType<T>* from,
-               int64_t count, WorkerPool& pool, T* to) {
-  constexpr int64_t kBlock = 1 << 16;
-  pool.RunJobs(CeilDivide(count, kBlock), [&](int64_t job, int) {
-    const int64_t begin = job * kBlock;
-    kernels.narrow(from + begin, std::min(kBlock, count - begin), to + begin);
-  });
-}
-
-// Packs `count` matrices. view(i) is the i-th; jobs follow its contiguous dimension.
-template <typename T, typename TOffset, typename View>
-void PackAll(const ConvolutionKernels<T, TOffset>& kernels,
-             const ProductKernels<T, TOffset>& product, int64_t count, int64_t depth,
-             int64_t columns, WorkerPool& pool, const View& view, ComputeType<T>* packed) {
-  const int64_t panels = CeilDivide(columns, kernels.panel_columns);
-  const bool along_rows = view(0).column_stride == 1;
-  const int64_t job_depth = along_rows ? 64 : depth;
-  const int64_t job_columns = along_rows ? columns : kernels.panel_columns;
-  const int64_t depth_jobs = CeilDivide(depth, job_depth);
-  const int64_t jobs = depth_jobs * CeilDivide(columns, job_columns);
-  pool.RunJobs(count * jobs, [&](int64_t job, int) {
-    const int64_t begin = job % depth_jobs * job_depth;
-    const int64_t first = job % jobs / depth_jobs * job_columns;
-    MatrixView<T> matrix = view(job / jobs);
-    matrix.data += begin * matrix.depth_stride + first * matrix.column_stride;
-    product.pack(matrix, std::min(job_depth, depth - begin), std::min(job_columns, columns - first),
-                 depth,
-                 packed + job / jobs * panels * depth * kernels.panel_columns + first * depth +
-                     begin * kernels.panel_columns);
-  });
-}
-
-bool ChannelsFirst(const Geometry& geometry) {
-  return geometry.data_format == DataFormat::kChannelsFirst;
-}
-
-int64_t TotalPixels(const Geometry& geometry) { return geometry.batch * geometry.out_pixels; }
-
-// The tensor itself, or its copy with the channels last.
-template <typename T>
-const T* ChannelsLast(const Geometry& geometry, const T* tensor, int64_t channels, int64_t pixels,
-                      WorkerPool& pool, T* copy) {
-  if (!ChannelsFirst(geometry)) return tensor;
-  ToChannelsLast(tensor, geometry.batch, channels, pixels, pool, copy);
-  return copy;
-}
-
 // Which images are sampled square by square (kernel_table.h).
 template <typename T, typename TOffset>
 void ChooseSquares(const Geometry& geometry, const ConvolutionKernels<T, TOffset>& kernels,
@@ -170,17 +81,6 @@ void ChooseSquares(const Geometry& geometry, const ConvolutionKernels<T, TOffset
   });
 }
 
-template <typename Element>
-void SetZero(Element* elements, int64_t count) {
-  std::memset(static_cast<void*>(elements), 0, count * sizeof(Element));
-}
-
-}  // namespace
-
-// ---- Forward ----
-
-namespace {
-
 // Pairs where the machine has them and no plan can cut one: plans end where a group or a deformable
 // group does, or after the MaxColumns, even where these are.
 template <typename T, typename TOffset>
@@ -191,7 +91,14 @@ const ProductKernels<T, TOffset>& ChooseProduct(const Geometry& geometry,
   return even && kernels.pairs.element_depth == 2 ? kernels.pairs : kernels;
 }
 
+template <typename Element>
+void SetZero(Element* elements, int64_t count) {
+  std::memset(static_cast<void*>(elements), 0, count * sizeof(Element));
+}
+
 }  // namespace
+
+// ---- Forward ----
 
 template <typename T, typename TOffset>
 Forward<T, TOffset>::Forward(const Geometry& geometry, const InstructionSet& instruction_set,
