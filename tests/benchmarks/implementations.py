@@ -4,6 +4,7 @@ installed. Each gets the tensors in the layout it likes best, before any clock r
 
 from __future__ import annotations
 
+import abc
 import importlib.metadata
 
 import numpy as np
@@ -17,7 +18,7 @@ class UnsupportedError(Exception):
     """What this implementation does not do, and why: a gap in the table, not an error."""
 
 
-class Implementation:
+class Implementation(abc.ABC):
     """One implementation on one case. `forward` and `step` are what is timed; results stay on the
     device and in the implementation's own layout until `numpy` is asked for them.
     """
@@ -25,23 +26,24 @@ class Implementation:
     name: str
     package: str
 
+    @abc.abstractmethod
     def __init__(self, case: Case, output_gradient: np.ndarray, threads: int, device: str):
-        raise NotImplementedError
+        """Prepares the tensors of the case; raises UnsupportedError for what it cannot do."""
 
+    @abc.abstractmethod
     def forward(self):
         """The output."""
-        raise NotImplementedError
 
     def step(self):
         """The output and the gradients in the order of GRADIENTS."""
         raise UnsupportedError("no gradients")
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027  (most have nothing to wait for)
         """Waits for what forward and step have started."""
 
+    @abc.abstractmethod
     def numpy(self, result, name: str) -> np.ndarray:
         """ "output", or the gradient of `name`: float64, channels last."""
-        raise NotImplementedError
 
     @classmethod
     def version(cls) -> str | None:
@@ -80,8 +82,9 @@ class TensorFlowImplementation(Implementation):
         self._forward, self._step = forward, step
         self._synchronize = tf.test.experimental.sync_devices if device == "gpu" else None
 
+    @abc.abstractmethod
     def call(self, tf, tensors):
-        raise NotImplementedError
+        """The output, from tensors in the graph."""
 
     def forward(self):
         return self._forward(self.tensors)
@@ -158,8 +161,9 @@ class ChannelsFirstRuntime(Implementation):
         }
         self.load(case, threads)
 
+    @abc.abstractmethod
     def load(self, case: Case, threads: int) -> None:
-        raise NotImplementedError
+        """Prepares a model of the case for `forward`."""
 
     def numpy(self, result, name):
         return np.moveaxis(np.asarray(result), 1, -1).astype(np.float64)
